@@ -1,0 +1,1 @@
+"""C behind cffi. One extension module per noun; build.py lists them."""

@@ -1,0 +1,268 @@
+"""The errors postcopyd can report, each with a stable code, whose fault it is, and an exit status.
+
+`grpc` errors and `OSError` are mapped to these once, at the edge. The catalogue in docs/operations.md is generated
+from `CATALOGUE`.
+"""
+
+from __future__ import annotations
+
+import errno as errno_names
+from enum import StrEnum
+from typing import ClassVar
+
+import msgspec
+
+
+class Code(StrEnum):
+    """Stable codes: log events, metrics, gRPC details and docs/operations.md use them."""
+
+    CONFIG_UNREADABLE = "config.unreadable"
+    CONFIG_INVALID = "config.invalid"
+    ARGUMENT_INVALID = "argument.invalid"
+
+    HANDOFF_NOT_JSON = "handoff.not_json"
+    HANDOFF_TOO_LARGE = "handoff.too_large"
+    HANDOFF_TRUNCATED = "handoff.truncated"
+    HANDOFF_TIMEOUT = "handoff.timeout"
+    HANDOFF_UNKNOWN_FORMAT = "handoff.unknown_format"
+    HANDOFF_NO_DESCRIPTOR = "handoff.no_descriptor"
+    HANDOFF_EXTRA_DESCRIPTORS = "handoff.extra_descriptors"
+    HANDOFF_NOT_UFFD = "handoff.not_uffd"
+    HANDOFF_BAD_REGION = "handoff.bad_region"
+    HANDOFF_NOT_REGISTERED = "handoff.not_registered"
+    HANDOFF_PAGE_SIZE = "handoff.page_size"
+    HANDOFF_BEYOND_IMAGE = "handoff.beyond_image"
+    HANDOFF_UNEXPECTED = "handoff.unexpected"
+    HANDOFF_BUSY = "handoff.busy"
+    HANDOFF_NO_MIGRATION = "handoff.no_migration"
+
+    SOURCE_UNREACHABLE = "source.unreachable"
+    SOURCE_UNKNOWN_IMAGE = "source.unknown_image"
+    SOURCE_OTHER_EPOCH = "source.other_epoch"
+    SOURCE_BAD_REPLY = "source.bad_reply"
+    SOURCE_CLOSED = "source.closed"
+    SOURCE_REFUSED = "source.refused"
+    SOURCE_SILENT = "source.silent"
+
+    IMAGE_UNREADABLE = "image.unreadable"
+    IMAGE_SHRANK = "image.shrank"
+
+    VMM_GONE = "vmm.gone"
+    KERNEL = "kernel.refused"
+    MEMORY_SHORT = "memory.short"
+
+    MIGRATION_EXISTS = "migration.exists"
+    MIGRATION_UNKNOWN = "migration.unknown"
+    MIGRATION_UNFINISHED = "migration.unfinished"
+    MIGRATION_CANCELLED = "migration.cancelled"
+    CONTROL_UNREACHABLE = "control.unreachable"
+    INVARIANT = "internal.invariant"
+
+
+class PostcopyError(Exception):
+    """Base of all errors that postcopyd names.
+
+    Args:
+        code: what went wrong.
+        message: one sentence for the operator, with what to do about it.
+    """
+
+    exit_status: ClassVar[int] = 1
+
+    def __init__(self, code: Code, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.message} [{self.code}]"
+
+
+class ConfigError(PostcopyError):
+    """The operator's: configuration or command line."""
+
+    exit_status = 2
+
+
+class HandoffError(PostcopyError):
+    """The VMM's: what it handed over cannot be served."""
+
+    exit_status = 3
+
+
+class SourceError(PostcopyError):
+    """The page source's: unreachable, refused, or its answers are wrong."""
+
+    exit_status = 4
+
+
+class KernelError(PostcopyError):
+    """The kernel's answer that no policy expects."""
+
+    exit_status = 5
+
+    def __init__(self, op: str, addr: int, len_bytes: int, errno: int) -> None:
+        name = errno_names.errorcode.get(errno, str(errno))
+        super().__init__(Code.KERNEL, f"{op} of {len_bytes} bytes at {addr:#x} was refused by the kernel: {name}")
+        self.op = op
+        self.addr = addr
+        self.len_bytes = len_bytes
+        self.errno = errno
+
+
+class MigrationError(PostcopyError):
+    """A migration does not exist, exists already, or is in a state that does not allow what was asked."""
+
+    exit_status = 6
+
+
+class InvariantError(PostcopyError):
+    """Ours: a promise of this code was broken."""
+
+    exit_status = 70
+
+    def __init__(self, message: str) -> None:
+        super().__init__(Code.INVARIANT, message)
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """What an operator needs to know about a code."""
+
+    error: type[PostcopyError]
+    meaning: str
+    action: str
+
+
+CATALOGUE: dict[Code, Entry] = {
+    Code.CONFIG_UNREADABLE: Entry(
+        ConfigError, "The configuration file cannot be read.", "Check path and permissions."
+    ),
+    Code.CONFIG_INVALID: Entry(
+        ConfigError,
+        "The configuration is not valid TOML, has an unknown key, or a value of the wrong type.",
+        "The message names the key; docs/operations.md lists all keys.",
+    ),
+    Code.ARGUMENT_INVALID: Entry(
+        ConfigError, "A command-line argument makes no sense.", "The message says which, and what is allowed."
+    ),
+    Code.HANDOFF_NOT_JSON: Entry(
+        HandoffError, "The VMM's hand-off is not JSON of a known shape.", "Check that the VMM's format is supported."
+    ),
+    Code.HANDOFF_TOO_LARGE: Entry(
+        HandoffError, "The hand-off is longer than 64 KiB.", "A hand-off of a sane number of regions is far shorter."
+    ),
+    Code.HANDOFF_TRUNCATED: Entry(
+        HandoffError,
+        "The VMM closed its socket, or the kernel cut the message, before the hand-off was whole.",
+        "Look into the VMM's log: it probably died.",
+    ),
+    Code.HANDOFF_TIMEOUT: Entry(
+        HandoffError, "The VMM connected but did not hand over in time.", "Look into the VMM's log."
+    ),
+    Code.HANDOFF_UNKNOWN_FORMAT: Entry(
+        HandoffError, "The first bytes belong to no known hand-off format.", "Check what connected to the socket."
+    ),
+    Code.HANDOFF_NO_DESCRIPTOR: Entry(
+        HandoffError, "No userfaultfd came with the hand-off.", "The VMM must send it with SCM_RIGHTS."
+    ),
+    Code.HANDOFF_EXTRA_DESCRIPTORS: Entry(
+        HandoffError, "More descriptors came than the format names.", "The VMM speaks another format or version."
+    ),
+    Code.HANDOFF_NOT_UFFD: Entry(
+        HandoffError, "The descriptor handed over is no userfaultfd.", "Check the VMM's order of descriptors."
+    ),
+    Code.HANDOFF_BAD_REGION: Entry(
+        HandoffError,
+        "A region is empty, unaligned, overlaps another, or overflows.",
+        "The message names the region; this is a bug of the VMM.",
+    ),
+    Code.HANDOFF_NOT_REGISTERED: Entry(
+        HandoffError,
+        "A region is not registered with the userfaultfd that was handed over.",
+        "The VMM must register its memory (MISSING) before it hands over.",
+    ),
+    Code.HANDOFF_PAGE_SIZE: Entry(
+        HandoffError, "The page size is neither 4 KiB, 2 MiB nor 1 GiB.", "Check the VMM's huge page settings."
+    ),
+    Code.HANDOFF_BEYOND_IMAGE: Entry(
+        HandoffError,
+        "The VMM has memory that the image at the source does not have.",
+        "The VMM was started with other memory settings than the source, or with another image.",
+    ),
+    Code.HANDOFF_UNEXPECTED: Entry(
+        HandoffError,
+        "The VMM sent something after its hand-off that the format does not know.",
+        "The VMM speaks a newer version.",
+    ),
+    Code.HANDOFF_BUSY: Entry(
+        HandoffError,
+        "A second VMM connected to a migration that has one.",
+        "Prepare a migration for each VMM.",
+    ),
+    Code.HANDOFF_NO_MIGRATION: Entry(
+        HandoffError,
+        "A VMM connected to the default socket, and it is not clear for which migration.",
+        "Prepare exactly one, name a default source in the configuration, or use the socket that `prepare` printed.",
+    ),
+    Code.SOURCE_UNREACHABLE: Entry(
+        SourceError, "No page source answers.", "Check the source host, its `postcopyd serve`, and the network."
+    ),
+    Code.SOURCE_UNKNOWN_IMAGE: Entry(
+        SourceError, "The page source has no image of this id.", "Check `--image` of `postcopyd serve`."
+    ),
+    Code.SOURCE_OTHER_EPOCH: Entry(
+        SourceError,
+        "The page source serves other content under this id than the migration began with.",
+        "Serve the original image again; the guest waits. Pages of another image are never installed.",
+    ),
+    Code.SOURCE_BAD_REPLY: Entry(
+        SourceError,
+        "A reply was not asked for, has a wrong length, or its checksum does not match; it was dropped and asked again.",
+        "If it repeats: faulty memory or network on the way, or a source of another version.",
+    ),
+    Code.SOURCE_CLOSED: Entry(
+        SourceError, "The page source closed the stream.", "It was stopped or crashed; postcopyd reconnects."
+    ),
+    Code.SOURCE_REFUSED: Entry(
+        SourceError, "The page source refused a request.", "The message carries its reason."
+    ),
+    Code.SOURCE_SILENT: Entry(
+        SourceError, "The page source did not answer in time.", "Check the network; postcopyd reconnects."
+    ),
+    Code.IMAGE_UNREADABLE: Entry(
+        ConfigError, "An image's file cannot be opened or read.", "Check path, permissions and size."
+    ),
+    Code.IMAGE_SHRANK: Entry(
+        SourceError,
+        "An image's file became shorter while it was served.",
+        "Something writes to the image; what was cut off is lost unless the file is restored.",
+    ),
+    Code.VMM_GONE: Entry(HandoffError, "The VMM's process ended.", "Look into the VMM's log."),
+    Code.KERNEL: Entry(
+        KernelError, "The kernel refused an operation in a way that no policy expects.", "Report it with the log."
+    ),
+    Code.MEMORY_SHORT: Entry(
+        KernelError,
+        "No memory or no huge page is free to install pages; the vCPUs stay parked and postcopyd tries again.",
+        "Free memory or raise vm.nr_hugepages.",
+    ),
+    Code.MIGRATION_EXISTS: Entry(
+        MigrationError, "A migration of this id, or at this socket, exists.", "Cancel it or choose another id."
+    ),
+    Code.MIGRATION_UNKNOWN: Entry(
+        MigrationError, "There is no migration of this id.", "`postcopyd list` shows those there are."
+    ),
+    Code.MIGRATION_UNFINISHED: Entry(
+        MigrationError,
+        "The guest still needs pages, so the migration cannot be let go.",
+        "Wait for completion; `cancel --force` ends the VMM with it.",
+    ),
+    Code.MIGRATION_CANCELLED: Entry(MigrationError, "The migration was cancelled.", "None."),
+    Code.CONTROL_UNREACHABLE: Entry(
+        ConfigError,
+        "No postcopyd answers on the control socket.",
+        "Start `postcopyd run`, or name its socket with --control.",
+    ),
+    Code.INVARIANT: Entry(InvariantError, "A promise of postcopyd's own code was broken.", "Report it with the log."),
+}
+

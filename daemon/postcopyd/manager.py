@@ -1,0 +1,1 @@
+"""The migrations of one daemon, by id. (Interface first; the sessions come with the pager.)"""

@@ -1,0 +1,1 @@
+"""Code generated from protos/postcopyd/v1; see `make setup`."""
