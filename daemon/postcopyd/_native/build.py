@@ -70,7 +70,7 @@ class Module:
         ffi.set_source(
             f"postcopyd._native._{self.name}",
             "".join(f'#include "{h}"\n' for h in self.headers),
-            sources=[os.path.relpath(NATIVE / s) for s in self.sources],
+            sources=[str(NATIVE / s) for s in self.sources],
             include_dirs=[str(NATIVE)],
             libraries=list(self.libraries),
             extra_compile_args=CFLAGS + shlex.split(os.environ.get("POSTCOPYD_CFLAGS", "")),
@@ -88,7 +88,7 @@ class Module:
 MODULES = (
     Module(
         "core",
-        headers=("pager.h",),
+        headers=("stdbool.h", "pager.h"),
         sources=(
             "ledger.c",
             "extents.c",
@@ -102,8 +102,25 @@ MODULES = (
             "pager_request.c",
         ),
     ),
-    Module("image", headers=("image.h",), sources=("image.c", "zero.c", "page_stream.c", "wire.c")),
-    Module("vmm", headers=("vmm.h",), sources=("vmm.c", "vmm_guest.c"), libraries=("pthread",)),
+    Module(
+        "image",
+        headers=("image.h", "image_catalog.h", "page_stream.h"),
+        sources=(
+            "image.c",
+            "image_catalog.c",
+            "zero.c",
+            "cold_read.c",
+            "range_queue.c",
+            "server_wire.c",
+            "page_stream.c",
+        ),
+    ),
+    Module(
+        "vmm",
+        headers=("vmm.h",),
+        sources=("vmm.c", "vmm_walk.c", "vmm_guest.c", "vmm_kvm.c", "vmm_process.c", "vmm_image.c", "vmm_host.c"),
+        libraries=("pthread",),
+    ),
     Module("h2", headers=("h2.h",), sources=("h2.c",), libraries=("nghttp2",)),
 )
 

@@ -1,0 +1,162 @@
+/* One VM's memory while it arrives: messages of its userfaultfd and replies of its source go in; requests come out, and
+ * pages are installed and threads woken on the way. One call a batch, never one a page.
+ *
+ * The ledger decides, this file's functions act. All of them are called from one thread. What must survive the process
+ * lies in the state memory (state.h); what is here can be made again from it.
+ *
+ * Order, which makes dying at any instant harmless: a message is in the inbox before it is acted upon; a page is marked
+ * PRESENT after it is installed; a waiter is forgotten after it was woken. What was half done is done again: installing
+ * again answers EEXIST, waking again is harmless, REQUESTED is read as MISSING by the next process.
+ */
+#ifndef POSTCOPY_PAGER_H
+#define POSTCOPY_PAGER_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "extents.h"
+#include "histogram.h"
+#include "inflight.h"
+#include "ledger.h"
+#include "state.h"
+#include "uffd.h"
+#include "waiters.h"
+#include "wire.h"
+
+#define WANTED_SLOTS 4096u
+#define HOT_SPOTS 32u
+
+/* What the caller has to do next: bits of the return value of drain, feed, retry, mark_zero. */
+enum pager_signal {
+	PAGER_SEND = 1,	    /* demand requests are waiting: pager_encode_demand */
+	PAGER_MORE = 2,	    /* stopped at its limit: call pager_drain again soon */
+	PAGER_STALLED = 4,  /* something must be tried again later: pager_retry after a pause */
+	PAGER_GONE = 8,	    /* the VMM's address space is gone */
+	PAGER_SHORT = 16,   /* no memory or huge page; implies STALLED */
+	PAGER_FAILED = 32,  /* the kernel answered outside of all policy: pager.failure */
+	PAGER_DISTRUST = 64 /* the stream's replies make no sense: drop the connection */
+};
+
+struct pager_failure {
+	uint32_t op; /* enum uffd_op; UFFD_OPS: read */
+	int32_t error;
+	uint64_t addr;
+	uint64_t len_bytes;
+};
+
+struct pager_stats {
+	uint64_t pages, missing, requested, present, zero;
+	struct counters counters;
+	uint64_t waiting;
+	uint64_t oldest_wait_ns;
+	uint64_t latency_count, latency_p50_ns, latency_p90_ns, latency_p99_ns, latency_max_ns, latency_sum_ns;
+	uint64_t latency_log2_us[32];
+	uint64_t bulk_inflight_bytes;
+	uint64_t demand_inflight;
+	uint32_t threads;
+};
+
+struct pager {
+	struct state_header *state;
+	struct region *region;
+	struct extents *extents;
+	struct uffd_msg *inbox;
+	struct counters *counters;
+	struct ledger ledger;
+	struct inflight inflight;
+	struct waiters waiters;
+	const struct uffd_edge *edge;
+	int uffd;
+	unsigned signals;
+	struct pager_failure failure;
+
+	uint64_t wanted[WANTED_SLOTS]; /* pages to ask for at once; free-running indices */
+	uint32_t wanted_head, wanted_tail;
+	uint64_t hot[HOT_SPOTS]; /* blocks around recent faults, newest at hot_next - 1 */
+	uint32_t hot_next, hot_count;
+	uint64_t bulk_cursor;
+	uint64_t bulk_inflight_bytes;
+	uint64_t max_range_bytes;
+	uint32_t bad_streak;
+	bool draining;
+	bool map_changed;
+	bool inherited; /* the inbox may hold messages that another process read */
+};
+
+/* Bytes of state memory for `pages` pages: a multiple of 4096. */
+uint64_t pager_state_bytes(uint64_t pages);
+
+/* Make a pager over fresh (all zero) state memory of pager_state_bytes(pages of `regions`). NULL: no memory, or the
+ * regions do not fit the layout. `state` must outlive the pager; `uffd` stays the caller's. */
+struct pager *pager_create(void *state, uint64_t len_bytes, const struct region *regions, uint32_t count, int uffd,
+			   const struct uffd_edge *edge);
+
+/* Take over state memory that another process left: REQUESTED becomes MISSING and every range is woken, so that what was
+ * read and not answered is asked again by its thread. The inbox is read by the first pager_drain. NULL: not ours, of
+ * a version we do not know, or inconsistent. */
+struct pager *pager_adopt(void *state, uint64_t len_bytes, int uffd, const struct uffd_edge *edge);
+
+void pager_destroy(struct pager *pager);
+
+/* Read and answer what the kernel has. */
+unsigned pager_drain(struct pager *pager);
+
+/* Take one PageReply: check it against what was asked, install, wake. Returns signals, or -1 if the stream cannot be
+ * trusted any more (DISTRUST). The shape that transports call; `context` is the pager. */
+int pager_feed(void *context, const uint8_t *message, size_t len);
+
+/* Go through everything that is owed again: ask for what is MISSING, fill what is ZERO, wake what is there. */
+unsigned pager_retry(struct pager *pager);
+
+/* [offset, offset + len) of the image is zero, as the source knows without reading. */
+unsigned pager_mark_zero(struct pager *pager, uint64_t offset, uint64_t len_bytes);
+
+/* [offset, offset + len) of the image is in place already (pre-copied before the switch-over). */
+void pager_mark_present(struct pager *pager, uint64_t offset, uint64_t len_bytes);
+
+/* Signals raised since they were last taken, by any call. */
+unsigned pager_take_signals(struct pager *pager);
+
+/* Write the ranges of a PageRequest, ready to send; returns its length, 0 if there is nothing to ask or no room. */
+size_t pager_encode_demand(struct pager *pager, uint8_t *out, size_t capacity);
+
+/* The same for the background push: claims up to `want_bytes` of MISSING pages, near recent faults first, in runs of at
+ * most `run_bytes`. *claimed_bytes is what was asked for. */
+size_t pager_encode_bulk(struct pager *pager, uint64_t want_bytes, uint64_t run_bytes, uint8_t *out, size_t capacity,
+			 uint64_t *claimed_bytes);
+
+/* The stream of a lane is gone: what it owed is MISSING again. Call pager_retry when there is another. */
+void pager_reset_lane(struct pager *pager, enum lane lane);
+
+/* True when nothing is owed: no page MISSING or REQUESTED, nobody waiting. */
+bool pager_is_complete(const struct pager *pager);
+
+/* UNREGISTER every extent: the kernel fills what is ZERO from now on. 0 or the last errno. */
+int pager_release(struct pager *pager);
+
+/* Poison every page that somebody waits for: a machine check in the guest rather than a hang. Returns how many. */
+uint64_t pager_poison_waiters(struct pager *pager);
+
+void pager_get_stats(const struct pager *pager, struct pager_stats *stats);
+
+/* Shared by the pager's own files. */
+uint64_t pager_now_ns(void);
+const struct region *pager_region_of_page(const struct pager *pager, uint64_t page);
+void pager_zero_fill(struct pager *pager, uint64_t page);
+void pager_settle_zero(struct pager *pager, uint64_t first, uint64_t count);
+void pager_install(struct pager *pager, enum lane lane, uint64_t first, uint64_t count, const uint8_t *data);
+void pager_want(struct pager *pager, uint64_t page);
+void pager_note_hot(struct pager *pager, uint64_t page);
+
+static inline uint64_t region_offset_of_page(const struct region *region, uint64_t page)
+{
+	return region->image_offset + ((page - region->first_page) << region->page_shift);
+}
+
+static inline uint64_t region_end_page(const struct region *region)
+{
+	return region->first_page + (region->len_bytes >> region->page_shift);
+}
+
+#endif

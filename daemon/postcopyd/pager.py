@@ -1,0 +1,298 @@
+"""One VM's memory while it arrives: the typed face of daemon/native/pager.h.
+
+The C drains the userfaultfd, checks and installs replies and writes requests; each method here is one call into it
+for a whole batch. All methods belong to the event loop's thread.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum, IntFlag
+
+from ._native.core import CData, address_of_feed, ffi, lib
+from .errors import InvariantError, KernelError
+from .handoff.regions import MemoryRegion
+from .status import Latency, ThreadBlocktime
+
+REQUEST_BYTES = 32 << 10
+"""Room for the ranges of one request message."""
+
+
+class Signal(IntFlag):
+    """What a call into the pager asks its caller to do next; daemon/native/pager.h."""
+
+    SEND = 1
+    MORE = 2
+    STALLED = 4
+    GONE = 8
+    SHORT = 16
+    FAILED = 32
+    DISTRUST = 64
+
+
+class Lane(IntEnum):
+    DEMAND = 0
+    BULK = 1
+
+
+@dataclass(frozen=True)
+class PagerStats:
+    """Pages unless the name says otherwise; latencies from the reading of a fault to its wake."""
+
+    pages: int
+    missing: int
+    requested: int
+    present: int
+    zero: int
+    faults: int
+    faults_outside: int
+    demand: int
+    pushed: int
+    removed: int
+    duplicates: int
+    bad_replies: int
+    bytes_received: int
+    retries: int
+    waiting: int
+    oldest_wait_us: int
+    latency: Latency
+    latency_log2_us: tuple[int, ...]
+    latency_sum_us: int
+
+
+_OPS = ("UFFDIO_COPY", "UFFDIO_ZEROPAGE", "UFFDIO_CONTINUE", "UFFDIO_POISON", "read of the userfaultfd")
+
+
+def probe_registered(uffd: int, region: MemoryRegion) -> bool:
+    """Whether the first and the last page of `region` are registered with `uffd`. Installs nothing.
+
+    Raises:
+        KernelError: neither yes nor no; errno ESRCH if the VMM is gone.
+    """
+    for start in (region.host_addr, region.host_addr + region.size_bytes - region.page_size):
+        answer = lib.uffd_probe_registered(uffd, start, region.page_size)
+        if answer < 0:
+            raise KernelError("UFFDIO_COPY (probe)", start, region.page_size, -answer)
+        if answer == 0:
+            return False
+    return True
+
+
+class StateMemory:
+    """The memfd that holds what must survive the process (daemon/native/state.h).
+
+    Owns the descriptor and the mapping until `close`. Sealed against shrinking, so that no holder of a duplicate can
+    take the mapping away.
+    """
+
+    def __init__(self, fd: int, len_bytes: int) -> None:
+        self.fd = fd
+        self.len_bytes = len_bytes
+        self._map = mmap.mmap(fd, len_bytes)
+        self.memory = ffi.from_buffer(self._map)
+
+    @classmethod
+    def fresh(cls, name: str, pages: int) -> StateMemory:
+        """Raises OSError when there is no memory or descriptor."""
+        len_bytes = lib.pager_state_bytes(pages)
+        fd = os.memfd_create(f"postcopyd-{name}"[:200], os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(fd, len_bytes)
+            _seal_size(fd)
+            return cls(fd, len_bytes)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @property
+    def descriptor(self) -> bytes:
+        """The session descriptor, as it was last set."""
+        header = ffi.cast("struct state_header *", self.memory)
+        start = header.descriptor_offset
+        return self._map[start : start + header.descriptor_len]
+
+    @descriptor.setter
+    def descriptor(self, text: bytes) -> None:
+        header = ffi.cast("struct state_header *", self.memory)
+        if len(text) > header.descriptor_capacity:
+            raise InvariantError(f"a session descriptor of {len(text)} bytes does not fit its place")
+        # Shorter than the old one or unreadable while it is written: length 0 tells a reader that it is not whole.
+        header.descriptor_len = 0
+        start = header.descriptor_offset
+        self._map[start : start + len(text)] = text
+        header.descriptor_len = len(text)
+
+    def close(self) -> None:
+        """Unmap and close; idempotent. The pager over it must be closed first."""
+        if self.fd < 0:
+            return
+        ffi.release(self.memory)
+        self._map.close()
+        os.close(self.fd)
+        self.fd = -1
+
+
+def _seal_size(fd: int) -> None:
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+
+
+class Pager:
+    """A pager over `state`. `uffd` and `state` stay the caller's and must outlive it.
+
+    `edge` is a test's stand-in for the kernel (struct uffd_edge), None for the kernel itself.
+    """
+
+    def __init__(self, pager: CData, state: StateMemory) -> None:
+        if pager == ffi.NULL:
+            raise InvariantError("the pager's state memory is not usable")
+        self._pager = pager
+        self.state = state
+        self._out = ffi.new("uint8_t[]", REQUEST_BYTES)
+        self._out_view = ffi.buffer(self._out)
+        self._claimed = ffi.new("uint64_t *")
+        self.feed_address = (address_of_feed(), int(ffi.cast("uintptr_t", pager)))
+
+    @classmethod
+    def create(
+        cls, state: StateMemory, regions: Sequence[MemoryRegion], uffd: int, edge: CData | None = None
+    ) -> Pager:
+        """A pager over fresh state memory. Regions are checked already (handoff.regions.check_regions)."""
+        table = ffi.new("struct region[]", len(regions))
+        for entry, region in zip(table, regions, strict=True):
+            entry.hva = region.host_addr
+            entry.len_bytes = region.size_bytes
+            entry.image_offset = region.image_offset
+            entry.page_shift = region.page_size.bit_length() - 1
+        pager = lib.pager_create(state.memory, state.len_bytes, table, len(regions), uffd, edge or ffi.NULL)
+        return cls(pager, state)
+
+    @classmethod
+    def adopt(cls, state: StateMemory, uffd: int, edge: CData | None = None) -> Pager:
+        """A pager over state memory that another process left. Wakes every range.
+
+        Raises:
+            InvariantError: not state memory of a version we know.
+        """
+        return cls(lib.pager_adopt(state.memory, state.len_bytes, uffd, edge or ffi.NULL), state)
+
+    def close(self) -> None:
+        """Free the pager, not the state; idempotent."""
+        lib.pager_destroy(self._pager)
+        self._pager = ffi.NULL
+
+    def drain(self) -> Signal:
+        """Read and answer what the kernel has."""
+        return Signal(lib.pager_drain(self._pager))
+
+    def feed(self, message: bytes) -> bool:
+        """Take one serialised PageReply; False if the stream is not to be trusted any more."""
+        return lib.pager_feed(self._pager, ffi.from_buffer(message), len(message)) >= 0
+
+    def take_signals(self) -> Signal:
+        """Signals that feeding raised."""
+        return Signal(lib.pager_take_signals(self._pager))
+
+    def retry(self) -> Signal:
+        """Go through all that is owed again."""
+        return Signal(lib.pager_retry(self._pager))
+
+    def mark_zero(self, offset: int, len_bytes: int) -> None:
+        lib.pager_mark_zero(self._pager, offset, len_bytes)
+
+    def mark_present(self, offset: int, len_bytes: int) -> None:
+        lib.pager_mark_present(self._pager, offset, len_bytes)
+
+    def encode_demand(self) -> bytes:
+        """Ranges of the pages that threads wait for, as the body of a PageRequest; empty if there are none."""
+        n = lib.pager_encode_demand(self._pager, self._out, REQUEST_BYTES)
+        return bytes(self._out_view[:n])
+
+    def encode_bulk(self, want_bytes: int, run_bytes: int) -> tuple[bytes, int]:
+        """Ranges for the push, and how many bytes of memory they ask for."""
+        n = lib.pager_encode_bulk(
+            self._pager, want_bytes, run_bytes, self._out, REQUEST_BYTES, self._claimed
+        )
+        return bytes(self._out_view[:n]), self._claimed[0]
+
+    def set_max_range(self, len_bytes: int) -> None:
+        """The longest range the source takes, bytes."""
+        self._pager.max_range_bytes = len_bytes
+
+    @property
+    def bulk_inflight_bytes(self) -> int:
+        return int(self._pager.bulk_inflight_bytes)
+
+    @property
+    def missing(self) -> int:
+        """Pages that nobody has asked for yet."""
+        return int(self._pager.ledger.count[0])
+
+    def reset_lane(self, lane: Lane) -> None:
+        lib.pager_reset_lane(self._pager, lane)
+
+    def is_complete(self) -> bool:
+        return lib.pager_is_complete(self._pager)
+
+    def release(self) -> None:
+        """Unregister the memory: the guest is free of us.
+
+        Raises:
+            KernelError: the kernel refused; its threads are woken by the close of the descriptor.
+        """
+        error = lib.pager_release(self._pager)
+        if error not in (0, errno.ESRCH):
+            raise KernelError("UFFDIO_UNREGISTER", 0, 0, error)
+
+    def poison_waiters(self) -> int:
+        return lib.pager_poison_waiters(self._pager)
+
+    def failure(self) -> KernelError:
+        """What Signal.FAILED is about."""
+        f = self._pager.failure
+        return KernelError(_OPS[f.op], f.addr, f.len_bytes, f.error)
+
+    def stats(self) -> PagerStats:
+        s = ffi.new("struct pager_stats *")
+        lib.pager_get_stats(self._pager, s)
+        c = s.counters
+        return PagerStats(
+            pages=s.pages,
+            missing=s.missing,
+            requested=s.requested,
+            present=s.present,
+            zero=s.zero,
+            faults=c.faults,
+            faults_outside=c.faults_outside,
+            demand=c.arrived[Lane.DEMAND],
+            pushed=c.arrived[Lane.BULK],
+            removed=c.removed,
+            duplicates=c.duplicates,
+            bad_replies=c.bad_replies,
+            bytes_received=c.bytes_received,
+            retries=c.retries,
+            waiting=s.waiting,
+            oldest_wait_us=s.oldest_wait_ns // 1000,
+            latency=Latency(
+                count=s.latency_count,
+                p50=s.latency_p50_ns / 1000,
+                p90=s.latency_p90_ns / 1000,
+                p99=s.latency_p99_ns / 1000,
+                max=s.latency_max_ns / 1000,
+            ),
+            latency_log2_us=tuple(s.latency_log2_us),
+            latency_sum_us=s.latency_sum_ns // 1000,
+        )
+
+    def blocktime(self) -> tuple[ThreadBlocktime, ...]:
+        """Per thread of the VMM; tid 0 gathers what has no name."""
+        waiters = self._pager.waiters
+        return tuple(
+            ThreadBlocktime(tid=t.tid, faults=t.faults, blocktime_us=t.blocked_ns // 1000)
+            for t in waiters.thread[0 : waiters.threads]
+            if t.faults
+        )
