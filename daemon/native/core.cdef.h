@@ -39,7 +39,7 @@ struct region { uint64_t hva; uint64_t len_bytes; uint64_t image_offset; uint64_
 	uint32_t reserved; };
 struct counters {
 	uint64_t faults; uint64_t faults_outside; uint64_t arrived[2]; uint64_t zero_filled; uint64_t removed;
-	uint64_t duplicates; uint64_t bad_replies; uint64_t stale_replies; uint64_t bytes_received; uint64_t retries;
+	uint64_t duplicates; uint64_t bad_replies; uint64_t stale_replies; uint64_t bytes_received[2]; uint64_t retries;
 	uint64_t messages;
 };
 struct state_header {
@@ -65,7 +65,8 @@ struct pager_stats {
 };
 struct blocked_thread { uint32_t tid; uint64_t faults; uint64_t blocked_ns; ...; };
 struct waiters { struct blocked_thread thread[1024]; uint32_t threads; ...; };
-struct pager { struct state_header *state; struct region *region; struct pager_failure failure; struct ledger ledger;
+struct inflight { uint32_t requests[2]; ...; };
+struct pager { struct state_header *state; struct inflight inflight; struct region *region; struct pager_failure failure; struct ledger ledger;
 	struct waiters waiters; uint64_t max_range_bytes; uint64_t bulk_inflight_bytes; ...; };
 uint64_t pager_state_bytes(uint64_t pages);
 struct pager *pager_create(void *state, uint64_t len_bytes, const struct region *regions, uint32_t count, int uffd,

@@ -253,7 +253,7 @@ static void accept_run(struct pager *p, struct request *request, const struct wi
 		refuse(p, first, first + count);
 		return;
 	} else {
-		p->counters->bytes_received += run->data_len;
+		p->counters->bytes_received[lane] += run->data_len;
 		pager_install(p, lane, first, count, run->data);
 	}
 	p->bad_streak = 0;

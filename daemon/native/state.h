@@ -37,7 +37,7 @@ struct counters {
 	uint64_t duplicates;
 	uint64_t bad_replies;
 	uint64_t stale_replies;
-	uint64_t bytes_received; /* page data */
+	uint64_t bytes_received[LANES]; /* page data */
 	uint64_t retries;
 	uint64_t messages;
 };

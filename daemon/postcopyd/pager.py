@@ -228,6 +228,16 @@ class Pager:
         return int(self._pager.bulk_inflight_bytes)
 
     @property
+    def bulk_bytes_received(self) -> int:
+        """Page data that the push brought; zero runs bring none."""
+        return int(self._pager.state.counters.bytes_received[Lane.BULK])
+
+    @property
+    def demand_inflight(self) -> int:
+        """Demand ranges that are not answered yet."""
+        return int(self._pager.inflight.requests[Lane.DEMAND])
+
+    @property
     def missing(self) -> int:
         """Pages that nobody has asked for yet."""
         return int(self._pager.ledger.count[0])
@@ -273,7 +283,7 @@ class Pager:
             removed=c.removed,
             duplicates=c.duplicates,
             bad_replies=c.bad_replies,
-            bytes_received=c.bytes_received,
+            bytes_received=sum(c.bytes_received),
             retries=c.retries,
             waiting=s.waiting,
             oldest_wait_us=s.oldest_wait_ns // 1000,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol, TypeAlias, cast
 
-from postcopyd._native import _core
+import postcopyd._native._core as _core
 
 CData: TypeAlias = Any
 """A C value or pointer: its fields are those of the struct, which cffi checks at run time."""
