@@ -33,6 +33,7 @@ class Code(StrEnum):
     HANDOFF_PAGE_SIZE = "handoff.page_size"
     HANDOFF_BEYOND_IMAGE = "handoff.beyond_image"
     HANDOFF_UNEXPECTED = "handoff.unexpected"
+    HANDOFF_VERSION = "handoff.version"
     HANDOFF_BUSY = "handoff.busy"
     HANDOFF_NO_MIGRATION = "handoff.no_migration"
 
@@ -43,11 +44,17 @@ class Code(StrEnum):
     SOURCE_CLOSED = "source.closed"
     SOURCE_REFUSED = "source.refused"
     SOURCE_SILENT = "source.silent"
+    SOURCE_BUSY = "source.busy"
 
     IMAGE_UNREADABLE = "image.unreadable"
     IMAGE_SHRANK = "image.shrank"
 
     VMM_GONE = "vmm.gone"
+    VMM_HANDOFF_UNANSWERED = "vmm.handoff_unanswered"
+    GUEST_NO_KVM = "guest.no_kvm"
+    GUEST_STATE = "guest.state"
+    GUEST_STATE_FILE = "guest.state_file"
+    GUEST_COMMAND = "guest.command"
     KERNEL = "kernel.refused"
     MEMORY_SHORT = "memory.short"
 
@@ -194,6 +201,11 @@ CATALOGUE: dict[Code, Entry] = {
         "The VMM sent something after its hand-off that the format does not know.",
         "The VMM speaks a newer version.",
     ),
+    Code.HANDOFF_VERSION: Entry(
+        HandoffError,
+        "The VMM speaks a version of the framed hand-off that this postcopyd does not.",
+        "Upgrade whichever of the two is older; the message names both versions.",
+    ),
     Code.HANDOFF_BUSY: Entry(
         HandoffError,
         "A second VMM connected to a migration that has one.",
@@ -229,6 +241,11 @@ CATALOGUE: dict[Code, Entry] = {
     Code.SOURCE_SILENT: Entry(
         SourceError, "The page source did not answer in time.", "Check the network; postcopyd reconnects."
     ),
+    Code.SOURCE_BUSY: Entry(
+        SourceError,
+        "The page source serves as many streams as it may.",
+        "Raise `--max-streams` of `postcopyd serve`, or find out who holds the others.",
+    ),
     Code.IMAGE_UNREADABLE: Entry(
         ConfigError, "An image's file cannot be opened or read.", "Check path, permissions and size."
     ),
@@ -238,6 +255,31 @@ CATALOGUE: dict[Code, Entry] = {
         "Something writes to the image; what was cut off is lost unless the file is restored.",
     ),
     Code.VMM_GONE: Entry(HandoffError, "The VMM's process ended.", "Look into the VMM's log."),
+    Code.VMM_HANDOFF_UNANSWERED: Entry(
+        HandoffError,
+        "The VMM could not hand its memory over: no daemon listens, or it did not acknowledge.",
+        "Check that `postcopyd run` is up and that the migration is prepared; its log says what it refused.",
+    ),
+    Code.GUEST_NO_KVM: Entry(
+        ConfigError,
+        "The demo guest needs /dev/kvm, which is missing or not permitted.",
+        "Load the kvm module, join the kvm group, or use `--guest process`.",
+    ),
+    Code.GUEST_STATE: Entry(
+        MigrationError,
+        "The demo VMM was asked for something that its guest's state does not allow.",
+        "The message says which state is needed.",
+    ),
+    Code.GUEST_STATE_FILE: Entry(
+        ConfigError,
+        "A saved guest state cannot be read or written, or is of another guest.",
+        "Use the file that the source's `save` wrote, and the same memory size, vCPUs, order and seed.",
+    ),
+    Code.GUEST_COMMAND: Entry(
+        ConfigError,
+        "A line on the demo VMM's input is no command it knows.",
+        "The message says what is wrong.",
+    ),
     Code.KERNEL: Entry(
         KernelError, "The kernel refused an operation in a way that no policy expects.", "Report it with the log."
     ),

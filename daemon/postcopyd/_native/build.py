@@ -121,7 +121,25 @@ MODULES = (
         sources=("vmm.c", "vmm_walk.c", "vmm_guest.c", "vmm_kvm.c", "vmm_process.c", "vmm_image.c", "vmm_host.c"),
         libraries=("pthread",),
     ),
-    Module("h2", headers=("h2.h",), sources=("h2.c",), libraries=("nghttp2",)),
+    Module(
+        "h2",
+        headers=("h2.h",),
+        sources=(
+            "h2_assembler.c",
+            "h2_bytes.c",
+            "h2_call.c",
+            "h2_conn.c",
+            "h2_events.c",
+            "h2_guard.c",
+            "h2_head.c",
+            "h2_in.c",
+            "h2_out.c",
+            "h2_pages.c",
+            "h2_server.c",
+            "h2_stream.c",
+        ),
+        libraries=("nghttp2",),
+    ),
 )
 
 
