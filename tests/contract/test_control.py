@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import stat
@@ -19,6 +20,7 @@ from postcopyd.control import convert, rpc_errors
 from postcopyd.control.client import ControlClient
 from postcopyd.control.server import ControlServer, address_of
 from postcopyd.errors import CATALOGUE, Code, ConfigError, MigrationError, PostcopyError
+from postcopyd.health.readiness import Readiness
 from postcopyd.status import Latency, Limits, MigrationStatus, State, ThreadBlocktime
 from postcopyd.v1 import control_pb2 as pb
 from postcopyd.v1 import control_pb2_grpc
@@ -214,6 +216,20 @@ async def test_health_follows_set_serving(server: ControlServer) -> None:
             for name in ("", "postcopyd.v1.Control"):
                 reply = await stub.Check(health_pb2.HealthCheckRequest(service=name))
                 assert health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status) == state
+
+
+async def test_health_follows_readiness(server: ControlServer) -> None:
+    readiness = Readiness()
+    following = asyncio.create_task(server.follow(readiness))
+    async with grpc.aio.insecure_channel(address_of(server.path)) as channel:
+        states = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=""))
+        assert (await states.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        readiness.release("starting")
+        assert (await states.read()).status == health_pb2.HealthCheckResponse.SERVING
+        readiness.hold("stopping", "asked to stop")
+        assert (await states.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        states.cancel()
+    following.cancel()
 
 
 async def test_reflection_names_the_service(server: ControlServer) -> None:

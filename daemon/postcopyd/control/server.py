@@ -22,6 +22,8 @@ from .service import ControlService
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from postcopyd.health.readiness import Readiness
+
     from .api import MigrationManager
 
 log = structlog.get_logger(__name__)
@@ -83,6 +85,13 @@ class ControlServer:
         )
         for name in ("", SERVICE):
             await self._health.set(name, state)
+
+    async def follow(self, readiness: Readiness) -> None:
+        """Keep health in step with `readiness` until cancelled."""
+        while True:
+            readiness.changed.clear()
+            await self.set_serving(readiness.is_ready)
+            await readiness.changed.wait()
 
     async def close(self) -> None:
         """Refuse new calls, end the running ones after a grace, remove the socket; idempotent."""

@@ -1,0 +1,1 @@
+"""Prometheus metrics, made from status snapshots when they are asked for."""
