@@ -110,7 +110,9 @@ class KernelError(PostcopyError):
 
     def __init__(self, op: str, addr: int, len_bytes: int, errno: int) -> None:
         name = errno_names.errorcode.get(errno, str(errno))
-        super().__init__(Code.KERNEL, f"{op} of {len_bytes} bytes at {addr:#x} was refused by the kernel: {name}")
+        super().__init__(
+            Code.KERNEL, f"{op} of {len_bytes} bytes at {addr:#x} was refused by the kernel: {name}"
+        )
         self.op = op
         self.addr = addr
         self.len_bytes = len_bytes
@@ -153,10 +155,14 @@ CATALOGUE: dict[Code, Entry] = {
         ConfigError, "A command-line argument makes no sense.", "The message says which, and what is allowed."
     ),
     Code.HANDOFF_NOT_JSON: Entry(
-        HandoffError, "The VMM's hand-off is not JSON of a known shape.", "Check that the VMM's format is supported."
+        HandoffError,
+        "The VMM's hand-off is not JSON of a known shape.",
+        "Check that the VMM's format is supported.",
     ),
     Code.HANDOFF_TOO_LARGE: Entry(
-        HandoffError, "The hand-off is longer than 64 KiB.", "A hand-off of a sane number of regions is far shorter."
+        HandoffError,
+        "The hand-off is longer than 64 KiB.",
+        "A hand-off of a sane number of regions is far shorter.",
     ),
     Code.HANDOFF_TRUNCATED: Entry(
         HandoffError,
@@ -167,13 +173,17 @@ CATALOGUE: dict[Code, Entry] = {
         HandoffError, "The VMM connected but did not hand over in time.", "Look into the VMM's log."
     ),
     Code.HANDOFF_UNKNOWN_FORMAT: Entry(
-        HandoffError, "The first bytes belong to no known hand-off format.", "Check what connected to the socket."
+        HandoffError,
+        "The first bytes belong to no known hand-off format.",
+        "Check what connected to the socket.",
     ),
     Code.HANDOFF_NO_DESCRIPTOR: Entry(
         HandoffError, "No userfaultfd came with the hand-off.", "The VMM must send it with SCM_RIGHTS."
     ),
     Code.HANDOFF_EXTRA_DESCRIPTORS: Entry(
-        HandoffError, "More descriptors came than the format names.", "The VMM speaks another format or version."
+        HandoffError,
+        "More descriptors came than the format names.",
+        "The VMM speaks another format or version.",
     ),
     Code.HANDOFF_NOT_UFFD: Entry(
         HandoffError, "The descriptor handed over is no userfaultfd.", "Check the VMM's order of descriptors."
@@ -189,7 +199,9 @@ CATALOGUE: dict[Code, Entry] = {
         "The VMM must register its memory (MISSING) before it hands over.",
     ),
     Code.HANDOFF_PAGE_SIZE: Entry(
-        HandoffError, "The page size is neither 4 KiB, 2 MiB nor 1 GiB.", "Check the VMM's huge page settings."
+        HandoffError,
+        "The page size is neither 4 KiB, 2 MiB nor 1 GiB.",
+        "Check the VMM's huge page settings.",
     ),
     Code.HANDOFF_BEYOND_IMAGE: Entry(
         HandoffError,
@@ -217,7 +229,9 @@ CATALOGUE: dict[Code, Entry] = {
         "Prepare exactly one, name a default source in the configuration, or use the socket that `prepare` printed.",
     ),
     Code.SOURCE_UNREACHABLE: Entry(
-        SourceError, "No page source answers.", "Check the source host, its `postcopyd serve`, and the network."
+        SourceError,
+        "No page source answers.",
+        "Check the source host, its `postcopyd serve`, and the network.",
     ),
     Code.SOURCE_UNKNOWN_IMAGE: Entry(
         SourceError, "The page source has no image of this id.", "Check `--image` of `postcopyd serve`."
@@ -281,7 +295,9 @@ CATALOGUE: dict[Code, Entry] = {
         "The message says what is wrong.",
     ),
     Code.KERNEL: Entry(
-        KernelError, "The kernel refused an operation in a way that no policy expects.", "Report it with the log."
+        KernelError,
+        "The kernel refused an operation in a way that no policy expects.",
+        "Report it with the log.",
     ),
     Code.MEMORY_SHORT: Entry(
         KernelError,
@@ -289,7 +305,9 @@ CATALOGUE: dict[Code, Entry] = {
         "Free memory or raise vm.nr_hugepages.",
     ),
     Code.MIGRATION_EXISTS: Entry(
-        MigrationError, "A migration of this id, or at this socket, exists.", "Cancel it or choose another id."
+        MigrationError,
+        "A migration of this id, or at this socket, exists.",
+        "Cancel it or choose another id.",
     ),
     Code.MIGRATION_UNKNOWN: Entry(
         MigrationError, "There is no migration of this id.", "`postcopyd list` shows those there are."
@@ -305,6 +323,7 @@ CATALOGUE: dict[Code, Entry] = {
         "No postcopyd answers on the control socket.",
         "Start `postcopyd run`, or name its socket with --control.",
     ),
-    Code.INVARIANT: Entry(InvariantError, "A promise of postcopyd's own code was broken.", "Report it with the log."),
+    Code.INVARIANT: Entry(
+        InvariantError, "A promise of postcopyd's own code was broken.", "Report it with the log."
+    ),
 }
-

@@ -10,14 +10,18 @@ import errno
 import fcntl
 import mmap
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
+from typing import TYPE_CHECKING
 
 from ._native.core import CData, address_of_feed, ffi, lib
 from .errors import InvariantError, KernelError
-from .handoff.regions import MemoryRegion
 from .status import Latency, ThreadBlocktime
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .handoff.regions import MemoryRegion
 
 REQUEST_BYTES = 32 << 10
 """Room for the ranges of one request message."""
@@ -214,9 +218,7 @@ class Pager:
 
     def encode_bulk(self, want_bytes: int, run_bytes: int) -> tuple[bytes, int]:
         """Ranges for the push, and how many bytes of memory they ask for."""
-        n = lib.pager_encode_bulk(
-            self._pager, want_bytes, run_bytes, self._out, REQUEST_BYTES, self._claimed
-        )
+        n = lib.pager_encode_bulk(self._pager, want_bytes, run_bytes, self._out, REQUEST_BYTES, self._claimed)
         return bytes(self._out_view[:n]), self._claimed[0]
 
     def set_max_range(self, len_bytes: int) -> None:

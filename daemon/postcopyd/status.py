@@ -23,6 +23,20 @@ class State(StrEnum):
         return self in (State.COMPLETE, State.FAILED, State.CANCELLED)
 
 
+NEXT_STATES: dict[State, frozenset[State]] = {
+    State.PREPARED: frozenset({State.CONNECTED, State.CANCELLED, State.FAILED}),
+    State.CONNECTED: frozenset(
+        {State.RUNNING, State.RECOVERING, State.COMPLETE, State.FAILED, State.CANCELLED}
+    ),
+    State.RUNNING: frozenset({State.RECOVERING, State.COMPLETE, State.FAILED, State.CANCELLED}),
+    State.RECOVERING: frozenset({State.RUNNING, State.COMPLETE, State.FAILED, State.CANCELLED}),
+    State.COMPLETE: frozenset(),
+    State.FAILED: frozenset(),
+    State.CANCELLED: frozenset(),
+}
+"""Which state may follow which; the picture in docs/architecture.md is drawn from it."""
+
+
 class Limits(msgspec.Struct, frozen=True):
     """push_rate: bytes a second for the background push, 0 unlimited. weight: 1 to 1000."""
 
@@ -31,13 +45,14 @@ class Limits(msgspec.Struct, frozen=True):
 
 
 class MigrationSpec(msgspec.Struct, frozen=True):
-    """What `prepare` is given. `id` is the image id at the source too; `sources` are HOST:PORT, tried in order."""
+    """What `prepare` is given. `sources` are HOST:PORT, tried in order; `image_id`, if empty, is `id`."""
 
     id: str
     sources: tuple[str, ...]
     socket_path: str = ""
     limits: Limits = Limits()
     epoch: int | None = None
+    image_id: str = ""
 
 
 class Latency(msgspec.Struct, frozen=True):

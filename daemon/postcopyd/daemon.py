@@ -1,0 +1,102 @@
+"""`postcopyd run`: puts the parts of the daemon together and holds them until it is stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING
+
+import structlog
+
+from .control.server import ControlServer
+from .errors import Code
+from .health.readiness import Readiness
+from .manager import Manager
+from .metrics.collector import Snapshot
+from .metrics.counts import ErrorCounts
+from .metrics.exposition import Exposition
+from .sdnotify import Notifier, Watchdog
+from .transport.factory import make_factory
+
+if TYPE_CHECKING:
+    from .config import DaemonConfig
+
+log = structlog.get_logger(__name__)
+
+
+class Daemon:
+    """One daemon process. `run` returns after SIGTERM or SIGINT, when no guest needs it any more."""
+
+    def __init__(self, config: DaemonConfig) -> None:
+        self._config = config
+        self._notifier = Notifier.from_environ()
+        self._readiness = Readiness()
+        self._handoff_errors = ErrorCounts()
+        self._manager = Manager(
+            config,
+            make_factory(config),
+            count_handoff_error=lambda code: self._handoff_errors.record(Code(code)),
+        )
+        self._stop_asked = asyncio.Event()
+
+    async def run(self) -> None:
+        """Raises ConfigError: a socket or an address cannot be had."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_stop_signal, number)
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(self._manager.close)
+            control = ControlServer(
+                self._manager, self._config.control, default_limits=self._config.default_limits()
+            )
+            await stack.enter_async_context(control)
+            await self._start_http(stack)
+            if self._config.default_socket:
+                self._manager.listen_by_default(self._config.default_socket)
+            self._start_watchdog(stack)
+            self._readiness.release("starting")
+            await control.set_serving(True)
+            self._notifier.notify(READY=1, STATUS="Ready")
+            log.info("daemon.ready", control=self._config.control, transport=self._config.transport)
+            await self._stop_asked.wait()
+            self._readiness.hold("stopping", "the daemon was asked to stop")
+            await control.set_serving(False)
+            await self._drain()
+            self._notifier.notify(STOPPING=1)
+
+    async def _start_http(self, stack: AsyncExitStack) -> None:
+        if not self._config.http:
+            return
+        # aiohttp is a third of the daemon's memory: only those who ask for it pay.
+        from .health.http import HttpServer
+
+        exposition = Exposition(lambda: Snapshot(self._manager.list(), self._handoff_errors.snapshot()))
+        server = HttpServer(self._config.http, self._readiness, self._manager.list, exposition)
+        await server.start()
+        stack.push_async_callback(server.close)
+
+    def _start_watchdog(self, stack: AsyncExitStack) -> None:
+        watchdog = Watchdog.from_environ(self._notifier)
+        if watchdog is None:
+            return
+        task = asyncio.ensure_future(watchdog.run())
+        stack.callback(task.cancel)
+
+    def _on_stop_signal(self, number: int) -> None:
+        left = self._manager.unfinished()
+        log.warning("daemon.stop_asked", signal=signal.Signals(number).name, unfinished=left)
+        self._stop_asked.set()
+
+    async def _drain(self) -> None:
+        """Without this process absent pages cannot come, and its last descriptors closed they would read as zero: so it
+        stays until every guest has its memory."""
+        if left := self._manager.unfinished():
+            log.warning("daemon.draining", unfinished=left)
+            self._notifier.notify(STATUS=f"Draining: {left} migrations are not complete")
+        await self._manager.drain()
+
+
+async def run_daemon(config: DaemonConfig) -> None:
+    """Run a daemon until it is stopped. Raises ConfigError."""
+    await Daemon(config).run()

@@ -1,0 +1,116 @@
+"""Faults in, orders out: the one place where a session's fault sources meet its ledger.
+
+The pager (C) drains a source, decides by the ledger and acts; what is left to Python is a handful of bits a batch,
+which the demultiplexer turns into calls on the session.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Protocol
+
+from .pager import Pager, Signal
+
+if TYPE_CHECKING:
+    from .errors import KernelError
+
+RETRY_FIRST_S = 0.001
+RETRY_MAX_S = 0.1
+SHORT_RETRY_FIRST_S = 0.02
+SHORT_RETRY_MAX_S = 1.0
+
+
+class SignalHandler(Protocol):
+    """What a session does about the pager's signals."""
+
+    def on_requests_waiting(self) -> None: ...
+
+    def on_memory_short(self, short: bool) -> None: ...
+
+    def on_vmm_gone(self) -> None: ...
+
+    def on_kernel_failure(self, error: KernelError) -> None: ...
+
+    def on_distrust(self) -> None: ...
+
+    def on_progress(self) -> None: ...
+
+
+class Demultiplexer:
+    """Watches the userfaultfd of one session.
+
+    A stall (a mapping that changes, memory that is short, a request queue that is full) is tried again after a pause
+    that doubles; nothing is polled while nothing is stalled.
+    """
+
+    def __init__(self, pager: Pager, uffd: int, handler: SignalHandler) -> None:
+        self._pager = pager
+        self._uffd = uffd
+        self._handler = handler
+        self._loop = asyncio.get_running_loop()
+        self._retry: asyncio.TimerHandle | None = None
+        self._retry_s = 0.0
+        self._short = False
+        self._watching = False
+
+    def start(self) -> None:
+        """Begin to watch; answers at once what is waiting already."""
+        self._watching = True
+        self._loop.add_reader(self._uffd, self.drain)
+        self.drain()
+
+    def stop(self) -> None:
+        """Watch no more; idempotent. The descriptor stays open."""
+        if self._watching:
+            self._loop.remove_reader(self._uffd)
+            self._watching = False
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
+
+    def drain(self) -> None:
+        """Read and answer what the kernel has."""
+        if self._watching:
+            self.dispatch(self._pager.drain())
+
+    def dispatch(self, signals: Signal) -> None:
+        """Act on what a call into the pager asked for."""
+        if signals & Signal.GONE:
+            self._handler.on_vmm_gone()
+        if signals & Signal.FAILED:
+            self._handler.on_kernel_failure(self._pager.failure())
+        if signals & Signal.DISTRUST:
+            self._handler.on_distrust()
+        if signals & Signal.SHORT and not self._short:
+            self._short = True
+            self._retry_s = 0.0
+            self._handler.on_memory_short(True)
+        if signals & Signal.STALLED:
+            self._retry_later()
+        if signals & Signal.SEND:
+            self._handler.on_requests_waiting()
+        if signals & Signal.MORE:
+            self._loop.call_soon(self.drain)
+        self._handler.on_progress()
+
+    def _retry_later(self) -> None:
+        if self._retry is not None or not self._watching:
+            return
+        first, longest = (
+            (SHORT_RETRY_FIRST_S, SHORT_RETRY_MAX_S) if self._short else (RETRY_FIRST_S, RETRY_MAX_S)
+        )
+        self._retry_s = min(max(self._retry_s * 2, first), longest)
+        self._retry = self._loop.call_later(self._retry_s, self._retry_now)
+
+    def _retry_now(self) -> None:
+        self._retry = None
+        was_short = self._short
+        self._short = False
+        signals = self._pager.drain() | self._pager.retry()
+        if was_short:
+            # Only an install that works shows that memory is back; asking again is how one is tried.
+            self._handler.on_memory_short(bool(signals & Signal.SHORT))
+            self._short = bool(signals & Signal.SHORT)
+        if not signals & Signal.STALLED:
+            self._retry_s = 0.0
+        self.dispatch(signals)

@@ -1,0 +1,302 @@
+"""Gets pages from the source: demand at once, the rest in the background, again when the source is back.
+
+Demand and push have a connection each, so a demand page never queues behind the push. The push is bounded by a
+window of outstanding bytes and, if limited, by a token bucket; demand is bounded only by the number of threads that
+can wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import structlog
+
+from .errors import Code, SourceError
+from .pacing import TokenBucket
+from .pager import Lane, Pager
+from .units import KIB, MIB
+from .v1 import page_source_pb2 as pb
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .status import Limits
+    from .transport import ImageInfo, PageStream, PageTransport, ReplySink, TransportFactory
+
+log = structlog.get_logger(__name__)
+
+RUN_BYTES = 256 * KIB
+"""The push asks, and its replies are installed, in pieces of this: one never holds the event loop for long."""
+
+WINDOW_BYTES = 2 * MIB
+"""Outstanding push bytes: enough for 1 GiB/s at 2 ms, little enough that a wanted page is never far behind."""
+
+BACKOFF_FIRST_S = 0.05
+BACKOFF_MAX_S = 2.0
+
+
+class FetcherListener(Protocol):
+    """What a session wants to know of its fetcher."""
+
+    def on_source_up(self, target: str, transport: str) -> None: ...
+
+    def on_source_lost(self, error: SourceError) -> None: ...
+
+    def on_source_ready(self) -> None:
+        """Streams are open: everything that is owed is to be asked for again."""
+
+
+@dataclass
+class Link:
+    """An open connection: where requests go now."""
+
+    transport: PageTransport
+    demand: PageStream
+    bulk: PageStream
+    failed: asyncio.Future[None]
+    push_open: bool = False
+
+
+class Fetcher:
+    """Fetches the pages of `pager` from one of `sources`, tried in order.
+
+    Args:
+        image: the image as the first source described it; every later source must serve the same.
+        run_align: the largest page size of the guest's memory, bytes.
+        silent_after_s: a demand request unanswered for so long means that the source is lost.
+    """
+
+    def __init__(
+        self,
+        pager: Pager,
+        image: ImageInfo,
+        sources: Sequence[str],
+        factory: TransportFactory,
+        listener: FetcherListener,
+        *,
+        run_align: int,
+        limits: Limits,
+        silent_after_s: float = 10.0,
+    ) -> None:
+        self._pager = pager
+        self._image = image
+        self._sources = tuple(sources)
+        self._factory = factory
+        self._listener = listener
+        self._run_align = run_align
+        self._run_bytes = max(RUN_BYTES, run_align)
+        self._window_bytes = max(WINDOW_BYTES, 2 * run_align)
+        self._bucket = TokenBucket(limits.push_rate)
+        self._silent_after_s = silent_after_s
+        self._link: Link | None = None
+        self._held = False
+        self._holes_known = False
+        self._push_timer: asyncio.TimerHandle | None = None
+        self._silence_timer: asyncio.TimerHandle | None = None
+        self._batches = 0
+        self._charged = 0
+        self._unused = 0
+        self._received_before = pager.bulk_bytes_received
+        self._loop = asyncio.get_running_loop()
+        pager.set_max_range(image.max_range_bytes or MIB)
+
+    def set_limits(self, limits: Limits) -> None:
+        """Take a new push rate at once."""
+        self._bucket = TokenBucket(limits.push_rate)
+        self.pump_push()
+
+    def hold_push(self, held: bool) -> None:
+        """Stop the push, for memory is short; or let it go on."""
+        self._held = held
+        self.pump_push()
+
+    async def run(self, sink: ReplySink) -> None:
+        """Serve until cancelled, over as many connections as it takes."""
+        failures = 0
+        index = 0
+        try:
+            while True:
+                target = self._sources[index % len(self._sources)]
+                try:
+                    await self._serve(target, sink)
+                except SourceError as error:
+                    failures = 0 if self._lose_link() else failures + 1
+                    self._listener.on_source_lost(error)
+                    index += 1
+                    # A whole round of sources failed before it waits longer.
+                    await asyncio.sleep(self._backoff_s(failures // len(self._sources)))
+        finally:
+            self._cancel_timers()
+
+    @staticmethod
+    def _backoff_s(failures: int) -> float:
+        longest: float = min(BACKOFF_FIRST_S * 2 ** min(failures, 10), BACKOFF_MAX_S)
+        return longest * random.uniform(0.5, 1.0)
+
+    async def complete(self, pages_installed: int, pages_zero: int) -> bool:
+        """Tell the source in use that every page is here; True if it let go. Raises SourceError."""
+        if self._link is None:
+            raise SourceError(Code.SOURCE_UNREACHABLE, "no page source is connected")
+        return await self._link.transport.complete(
+            self._image.image_id, self._image.epoch, pages_installed, pages_zero
+        )
+
+    async def _serve(self, target: str, sink: ReplySink) -> None:
+        transport = self._factory(target)
+        try:
+            self._check_identity(target, await transport.describe(self._image.image_id))
+            opening = self._opening()
+            link = Link(
+                transport,
+                demand=await transport.open_stream(opening, sink, demand=True),
+                bulk=await transport.open_stream(opening, sink, demand=False),
+                failed=self._loop.create_future(),
+            )
+            self._link = link
+            self._listener.on_source_up(target, transport.name)
+            self._listener.on_source_ready()
+            await self._until_closed(link)
+        finally:
+            await transport.close()
+
+    async def _until_closed(self, link: Link) -> None:
+        """Raise the SourceError of whatever ends first."""
+        push = asyncio.ensure_future(self._open_push(link))
+        demand = asyncio.ensure_future(link.demand.wait_closed())
+        bulk = asyncio.ensure_future(link.bulk.wait_closed())
+        pending: set[asyncio.Future[None]] = {push, demand, bulk, link.failed}
+        try:
+            while True:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                for ended in done:
+                    ended.result()
+                if done != {push}:
+                    raise SourceError(
+                        Code.SOURCE_CLOSED, f"page source {link.transport.target} ended a stream"
+                    )
+        finally:
+            for task in (push, demand, bulk):
+                task.cancel()
+            await asyncio.gather(push, demand, bulk, return_exceptions=True)
+
+    async def _open_push(self, link: Link) -> None:
+        """Learn the holes first, as they need not be asked for; then let the push go."""
+        if self._image.has_holes and not self._holes_known:
+            try:
+                async for batch in link.transport.holes(self._image.image_id, self._image.epoch):
+                    for offset, len_bytes in batch:
+                        self._pager.mark_zero(offset, len_bytes)
+                self._holes_known = True
+            except SourceError as error:
+                # Zero pages are then found as they are asked for; if the source is lost its streams say so.
+                log.warning("source.holes_unknown", source=link.transport.target, error=str(error))
+        link.push_open = True
+        self._listener.on_source_ready()
+
+    def _check_identity(self, target: str, image: ImageInfo) -> None:
+        if image.epoch != self._image.epoch or image.size_bytes != self._image.size_bytes:
+            raise SourceError(
+                Code.SOURCE_OTHER_EPOCH,
+                f"page source {target} serves epoch {image.epoch:#x} of image {image.image_id!r} "
+                f"({image.size_bytes} bytes), this migration needs {self._image.epoch:#x} "
+                f"({self._image.size_bytes} bytes); serve the original image again",
+            )
+
+    def _opening(self) -> bytes:
+        return pb.PageRequest(
+            open=pb.Open(
+                image_id=self._image.image_id,
+                epoch=self._image.epoch,
+                run_align=self._run_align,
+                max_data_bytes=self._run_bytes,
+            )
+        ).SerializeToString()
+
+    def _lose_link(self) -> bool:
+        """Forget the connection and what it owed; False if there was none."""
+        had_link = self._link is not None
+        self._link = None
+        self._cancel_timers()
+        self._pager.reset_lane(Lane.DEMAND)
+        self._pager.reset_lane(Lane.BULK)
+        return had_link
+
+    def _cancel_timers(self) -> None:
+        for timer in (self._push_timer, self._silence_timer):
+            if timer is not None:
+                timer.cancel()
+        self._push_timer = self._silence_timer = None
+
+    def distrust(self) -> None:
+        """The replies make no sense: drop the connection."""
+        if self._link is not None and not self._link.failed.done():
+            self._link.failed.set_exception(
+                SourceError(
+                    Code.SOURCE_BAD_REPLY,
+                    f"page source {self._link.transport.target} sends replies that make no sense; reconnecting",
+                )
+            )
+
+    def on_answered(self) -> None:
+        """A batch of replies is through: there may be room for more."""
+        self._batches += 1
+        self.pump_demand()
+        self.pump_push()
+
+    def pump_demand(self) -> None:
+        """Send the requests that threads wait for."""
+        if self._link is None:
+            return
+        while body := self._pager.encode_demand():
+            self._link.demand.send(body)
+            self._watch_silence()
+
+    def pump_push(self) -> None:
+        """Fill the push's window as far as limits allow."""
+        link = self._link
+        if link is None or not link.push_open or self._held or self._push_timer is not None:
+            return
+        self._refund()
+        while (room := self._window_bytes - self._pager.bulk_inflight_bytes) > 0 and self._pager.missing:
+            if not self._bucket.may_spend(self._loop.time()):
+                self._push_timer = self._loop.call_later(self._bucket.delay_s(), self._push_again)
+                return
+            # Limited: a piece at a time, so that the rate is kept within a piece.
+            want = self._run_bytes if self._bucket.rate else room
+            body, claimed = self._pager.encode_bulk(want, self._run_bytes)
+            if not body:
+                return
+            self._bucket.spend(claimed)
+            self._charged += claimed
+            link.bulk.send(body)
+
+    def _push_again(self) -> None:
+        self._push_timer = None
+        self.pump_push()
+
+    def _refund(self) -> None:
+        """Give back what was charged and brought no bytes: zero runs, and requests that were lost."""
+        received = self._pager.bulk_bytes_received - self._received_before
+        unused = self._charged - self._pager.bulk_inflight_bytes - received
+        self._bucket.give_back(unused - self._unused)
+        self._unused = unused
+
+    def _watch_silence(self) -> None:
+        if self._silence_timer is None:
+            self._silence_timer = self._loop.call_later(
+                self._silent_after_s, self._check_silence, self._batches
+            )
+
+    def _check_silence(self, batches_before: int) -> None:
+        self._silence_timer = None
+        if self._link is None or self._pager.demand_inflight == 0:
+            return
+        if self._batches != batches_before:
+            self._watch_silence()
+        elif not self._link.failed.done():
+            target = self._link.transport.target
+            message = f"page source {target} left a page request unanswered for {self._silent_after_s:g} s"
+            self._link.failed.set_exception(SourceError(Code.SOURCE_SILENT, message))

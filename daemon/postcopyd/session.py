@@ -1,0 +1,433 @@
+"""One VM from hand-off to completion: the only place where its parts are wired together.
+
+A session owns its descriptors (userfaultfd, state memory, the VMM's socket and pidfd) and closes them once, at its
+end. The userfaultfd is closed only when every page is settled and the memory is unregistered, or when the VMM's address
+space is gone: closed earlier, absent pages would read as zero.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+import structlog
+
+from .demux import Demultiplexer
+from .errors import Code, HandoffError, KernelError, MigrationError, PostcopyError, SourceError
+from .fetcher import Fetcher
+from .installer import Installer
+from .pager import Pager, PagerStats, StateMemory, probe_registered
+from .status import NEXT_STATES, Limits, MigrationSpec, MigrationStatus, State, ThreadBlocktime
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .handoff.offer import Handoff
+    from .transport import ImageInfo, TransportFactory
+
+log = structlog.get_logger(__name__)
+
+COMPLETE_TRIES = 3
+GONE_PROBE_S = 0.05
+GONE_PROBES = 100
+
+
+@dataclass
+class Memory:
+    """What exists from the hand-off to the end."""
+
+    handoff: Handoff
+    state: StateMemory
+    pager: Pager
+    page_size: int
+    memory_bytes: int
+
+
+class Session:
+    """A migration.
+
+    Args:
+        spec: as prepared; `image` is what its source described.
+        changed: called whenever the status may have changed; must be quick.
+    """
+
+    def __init__(
+        self,
+        spec: MigrationSpec,
+        image: ImageInfo,
+        factory: TransportFactory,
+        *,
+        changed: Callable[[], None],
+        silent_after_s: float,
+    ) -> None:
+        self.spec = spec
+        self.image = image
+        self._factory = factory
+        self._changed = changed
+        self._silent_after_s = silent_after_s
+        self._log = log.bind(migration=spec.id)
+        self._state = State.PREPARED
+        self._limits = spec.limits
+        self._error: PostcopyError | None = None
+        self._memory: Memory | None = None
+        self._fetcher: Fetcher | None = None
+        self._demux: Demultiplexer | None = None
+        self._end: asyncio.Future[State] | None = None
+        self._settled = asyncio.Event()
+        self._source_in_use = ""
+        self._transport = ""
+        self._reconnects = 0
+        self._memory_short = False
+        self._source_released = False
+        self._started = self._ended = time.monotonic()
+        self._cancelling = False
+        self._last_stats: PagerStats | None = None
+        self._last_blocktime: tuple[ThreadBlocktime, ...] = ()
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    # -- hand-off
+
+    def take(self, handoff: Handoff) -> None:
+        """Take over a VMM's memory: check it against the image and against the kernel, make the ledger.
+
+        On success the session owns `handoff`. The caller acknowledges it and then awaits `serve`.
+
+        Raises:
+            HandoffError: BUSY, BEYOND_IMAGE or NOT_REGISTERED; `handoff` stays the caller's.
+        """
+        if self._state is not State.PREPARED:
+            raise HandoffError(
+                Code.HANDOFF_BUSY, f"migration {self.spec.id!r} has a VMM already; prepare one for each VMM"
+            )
+        handoff.check_image(self.image.size_bytes)
+        uffd = handoff.uffd.fileno()
+        for region in handoff.regions:
+            if not probe_registered(uffd, region):
+                raise HandoffError(
+                    Code.HANDOFF_NOT_REGISTERED,
+                    f"the region of {region} is not registered with the userfaultfd that came with it",
+                )
+        pages = sum(region.size_bytes // region.page_size for region in handoff.regions)
+        state = StateMemory.fresh(self.spec.id, pages)
+        self._memory = Memory(
+            handoff,
+            state,
+            Pager.create(state, handoff.regions, uffd),
+            page_size=min(region.page_size for region in handoff.regions),
+            memory_bytes=sum(region.size_bytes for region in handoff.regions),
+        )
+        self._started = time.monotonic()
+        self._enter(State.CONNECTED)
+        self._log.info(
+            "handoff.accepted",
+            format=handoff.format_name,
+            vmm_pid=handoff.vmm_pid,
+            regions=len(handoff.regions),
+            memory_bytes=self._memory.memory_bytes,
+            page_size=self._memory.page_size,
+        )
+
+    # -- serving
+
+    async def serve(self) -> None:
+        """Serve the VMM that `take` took, until the guest needs nothing more or is gone."""
+        memory = self._memory
+        assert memory is not None
+        self._end = asyncio.get_running_loop().create_future()
+        self._demux = Demultiplexer(memory.pager, memory.handoff.uffd.fileno(), self)
+        self._fetcher = Fetcher(
+            memory.pager,
+            self.image,
+            self.spec.sources,
+            self._factory,
+            self,
+            run_align=max(region.page_size for region in memory.handoff.regions),
+            limits=self._limits,
+            silent_after_s=self._silent_after_s,
+        )
+        installer = Installer(memory.pager, self._demux.dispatch, self._fetcher.on_answered)
+        try:
+            async with asyncio.TaskGroup() as group:
+                fetching = group.create_task(self._fetcher.run(installer))
+                watching = group.create_task(self._watch_vmm())
+                self._demux.start()
+                end = await self._until_settled()
+                if end is State.COMPLETE:
+                    await self._tell_source()
+                watching.cancel()
+                fetching.cancel()
+        finally:
+            installer.close()
+            self._demux.stop()
+            self._close(self._end.result() if self._end.done() else None)
+
+    async def _until_settled(self) -> State:
+        """Wait for the end; a completion counts only if nothing new came with a last drain."""
+        assert self._end is not None
+        assert self._demux is not None
+        assert self._memory is not None
+        end = await asyncio.shield(self._end)
+        if end is State.COMPLETE:
+            self._demux.drain()
+            while not self._memory.pager.is_complete():
+                self._settled.clear()
+                await self._settled.wait()
+        return end
+
+    async def _tell_source(self) -> None:
+        """Let the source go. The guest has its memory whatever comes of it."""
+        assert self._fetcher is not None
+        assert self._memory is not None
+        stats = self._memory.pager.stats()
+        for attempt in range(COMPLETE_TRIES):
+            try:
+                self._source_released = await self._fetcher.complete(stats.present + stats.zero, stats.zero)
+                return
+            except SourceError as error:
+                self._log.warning("source.not_told", error=str(error), attempt=attempt + 1)
+                await asyncio.sleep(0.2 * (attempt + 1))
+
+    async def _watch_vmm(self) -> None:
+        """Wait for the process that handed over to end, then for its address space to be gone."""
+        assert self._memory is not None
+        handoff = self._memory.handoff
+        await self._peer_gone(handoff)
+        # Who handed over may have been a helper of the VMM: only the kernel knows whether the memory is gone.
+        for _ in range(GONE_PROBES):
+            try:
+                probe_registered(handoff.uffd.fileno(), handoff.regions[0])
+            except KernelError:
+                self.on_vmm_gone()
+                return
+            await asyncio.sleep(GONE_PROBE_S)
+        self._log.warning("vmm.peer_gone", detail="its memory lives on in another process; serving it")
+
+    async def _peer_gone(self, handoff: Handoff) -> None:
+        """Return when the process that handed over has ended, as far as that can be known."""
+        if handoff.pidfd is not None:
+            gone = asyncio.Event()
+            loop = asyncio.get_running_loop()
+            loop.add_reader(handoff.pidfd.fileno(), gone.set)
+            try:
+                await gone.wait()
+            finally:
+                loop.remove_reader(handoff.pidfd.fileno())
+            return
+        try:
+            while (event := await handoff.receive_event()) is not None:
+                # Its pages have no place in the ledger, so it gets no acknowledgement.
+                self._log.error("handoff.region_refused", region=str(event.region))
+        except HandoffError as error:
+            self._log.warning("handoff.unexpected", code=error.code, error=str(error))
+        if not handoff.socket_is_liveness:
+            await asyncio.Event().wait()
+
+    # -- what the demultiplexer reports
+
+    def on_requests_waiting(self) -> None:
+        if self._fetcher is not None:
+            self._fetcher.pump_demand()
+
+    def on_memory_short(self, short: bool) -> None:
+        if short and not self._memory_short:
+            self._log.error("memory.short", detail="vCPUs stay parked until memory or huge pages are free")
+        elif self._memory_short and not short:
+            self._log.info("memory.back")
+        self._memory_short = short
+        if self._fetcher is not None:
+            self._fetcher.hold_push(short)
+
+    def on_vmm_gone(self) -> None:
+        if self._cancelling:
+            self._finish(
+                State.CANCELLED, MigrationError(Code.MIGRATION_CANCELLED, "cancelled; the VMM was ended")
+            )
+        else:
+            self._finish(
+                State.FAILED,
+                HandoffError(
+                    Code.VMM_GONE, f"the VMM of migration {self.spec.id!r} ended before it had its memory"
+                ),
+            )
+
+    def on_kernel_failure(self, error: KernelError) -> None:
+        # The descriptor must stay open, so the session stays; what failed is asked for again with every retry.
+        if self._error is None:
+            self._log.error("kernel.refused", code=error.code, error=str(error))
+        self._error = error
+
+    def on_distrust(self) -> None:
+        if self._fetcher is not None:
+            self._fetcher.distrust()
+
+    def on_progress(self) -> None:
+        if self._memory is not None and self._memory.pager.is_complete():
+            self._settled.set()
+            self._finish(State.COMPLETE, None)
+        self._changed()
+
+    # -- what the fetcher reports
+
+    def on_source_up(self, target: str, transport: str) -> None:
+        self._source_in_use, self._transport = target, transport
+        self._error = None
+        self._log.info("source.connected", source=target, transport=transport)
+        self._enter(State.RUNNING)
+
+    def on_source_ready(self) -> None:
+        if self._demux is not None and self._fetcher is not None and self._memory is not None:
+            self._demux.dispatch(self._memory.pager.retry())
+            self._fetcher.pump_demand()
+            self._fetcher.pump_push()
+
+    def on_source_lost(self, error: SourceError) -> None:
+        self._reconnects += 1
+        self._source_in_use = ""
+        self._error = error
+        self._log.error("source.lost", code=error.code, error=str(error), reconnects=self._reconnects)
+        self._enter(State.RECOVERING)
+
+    # -- control
+
+    def set_limits(self, limits: Limits) -> None:
+        self._limits = limits
+        if self._fetcher is not None:
+            self._fetcher.set_limits(limits)
+        self._changed()
+
+    def cancel(self, *, force: bool) -> None:
+        """Before hand-off: end. After it, only with `force`, which kills the VMM; the end follows when it is gone.
+
+        Raises:
+            MigrationError: MIGRATION_UNFINISHED.
+        """
+        if self._state.is_final:
+            return
+        if self._memory is None:
+            self._error = MigrationError(Code.MIGRATION_CANCELLED, "cancelled before a VMM connected")
+            self._enter(State.CANCELLED)
+            return
+        pidfd = self._memory.handoff.pidfd
+        if not force or pidfd is None:
+            why = "its VMM's process is not known, end it by hand" if force else "use --force to end its VMM"
+            raise MigrationError(
+                Code.MIGRATION_UNFINISHED, f"the guest of {self.spec.id!r} still needs pages; {why}"
+            )
+        self._cancelling = True
+        signal.pidfd_send_signal(pidfd.fileno(), signal.SIGKILL)
+
+    def fail(self, error: PostcopyError) -> None:
+        """The migration cannot begin, or cannot go on; what it holds stays open."""
+        self._error = error
+        self._enter(State.FAILED)
+
+    # -- the end
+
+    def _finish(self, state: State, error: PostcopyError | None) -> None:
+        if self._end is not None and not self._end.done():
+            self._error = error
+            self._end.set_result(state)
+
+    def _close(self, end: State | None) -> None:
+        """Let the memory go. Without an end (we are being stopped) the descriptors stay open to the last."""
+        memory = self._memory
+        assert memory is not None
+        if end is None:
+            return
+        if end is State.COMPLETE:
+            try:
+                memory.pager.release()
+            except KernelError as error:
+                self._log.warning("kernel.refused", code=error.code, error=str(error))
+        self._last_stats = memory.pager.stats()
+        self._last_blocktime = memory.pager.blocktime()
+        self._ended = time.monotonic()
+        memory.pager.close()
+        memory.handoff.close()
+        memory.state.close()
+        self._enter(end)
+        self._log.info("migration.ended", state=end, error=str(self._error or ""))
+
+    def _enter(self, state: State) -> None:
+        if state is self._state:
+            return
+        if state not in NEXT_STATES[self._state]:
+            self._log.debug("state.ignored", state=self._state, wanted=state)
+            return
+        self._log.info("migration.state", state=state, before=self._state)
+        self._state = state
+        self._changed()
+
+    # -- status
+
+    def status(self, socket_path: str) -> MigrationStatus:
+        """A snapshot; reads counters, changes nothing."""
+        common = MigrationStatus(
+            id=self.spec.id,
+            state=self._state,
+            socket_path=socket_path,
+            sources=self.spec.sources,
+            source_in_use=self._source_in_use,
+            limits=self._limits,
+            epoch=self.image.epoch,
+            transport=self._transport,
+            reconnects=self._reconnects,
+            memory_short=self._memory_short,
+            source_released=self._source_released,
+            error_code=str(self._error.code) if self._error else "",
+            error=self._error.message if self._error else "",
+        )
+        memory = self._memory
+        if memory is None:
+            return common
+        stats = self._last_stats or memory.pager.stats()
+        until = self._ended if self._last_stats else time.monotonic()
+        return _with_stats(
+            common,
+            stats,
+            self._last_blocktime if self._last_stats else memory.pager.blocktime(),
+            memory,
+            until - self._started,
+        )
+
+
+def _with_stats(
+    status: MigrationStatus,
+    stats: PagerStats,
+    blocktime: tuple[ThreadBlocktime, ...],
+    memory: Memory,
+    elapsed_s: float,
+) -> MigrationStatus:
+    return msgspec.structs.replace(
+        status,
+        vmm_pid=memory.handoff.vmm_pid,
+        handoff_format=memory.handoff.format_name,
+        page_size=memory.page_size,
+        memory_bytes=memory.memory_bytes,
+        pages_total=stats.pages,
+        pages_installed=stats.present + stats.zero,
+        pages_demand=stats.demand,
+        pages_pushed=stats.pushed,
+        pages_zero=stats.zero,
+        pages_removed=stats.removed,
+        pages_requested=stats.requested,
+        faults=stats.faults,
+        waiting=stats.waiting,
+        oldest_wait_us=stats.oldest_wait_us,
+        bytes_received=stats.bytes_received,
+        bad_replies=stats.bad_replies,
+        duplicates=stats.duplicates,
+        retries=stats.retries,
+        fault_latency_us=stats.latency,
+        latency_log2_us=stats.latency_log2_us,
+        latency_sum_us=stats.latency_sum_us,
+        blocktime=blocktime,
+        elapsed_s=elapsed_s,
+    )
