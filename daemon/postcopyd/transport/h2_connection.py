@@ -1,0 +1,227 @@
+"""The I/O of one HTTP/2 connection: an asyncio protocol around postcopyd._native.h2, for client and server.
+
+Reading: the loop writes into the connection's own buffer and one C call handles all of it. A turn of the loop
+takes no more than that buffer, so another connection of the same loop is never far behind.
+
+Writing: one C call fills a block and one write hands it over. The write buffer limits make the transport say
+at once whether it kept a part: while it does (`pause_writing`), the block is its own and nothing is produced,
+which bounds memory whatever the peer reads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from enum import Enum
+from typing import TYPE_CHECKING, cast
+
+import msgspec
+
+if TYPE_CHECKING:
+    from .._native import h2
+
+
+class KeepAlive(msgspec.Struct, frozen=True):
+    """A PING after `interval_s` without a byte from the peer; `timeout_s` later the peer is given up."""
+
+    interval_s: float = 2.0
+    timeout_s: float = 2.0
+
+
+class Loss(Enum):
+    """Why a connection ended."""
+
+    CLOSED = "the peer closed the connection"
+    SILENT = "the peer is silent"
+    PROTOCOL = "the peer broke the protocol"
+    LOCAL = "closed by us"
+
+
+class H2Connection(asyncio.BufferedProtocol):
+    """Moves bytes between a transport and a native connection. Subclasses say what events mean.
+
+    Args:
+        native: one end, unused so far.
+        keepalive: None leaves a silent peer alone.
+    """
+
+    def __init__(self, native: h2.Connection, keepalive: KeepAlive | None) -> None:
+        self.native = native
+        self.loss: Loss | None = None
+        self.reason = ""
+        self._keepalive = keepalive
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._writing_paused = False
+        self._reading_held = False
+        self._in_turn = False
+        self._flush_due = False
+        self._received_at = 0.0
+        self._pinged_at: float | None = None
+        self._last_chance = False
+        self._lost = self._loop.create_future()
+
+    def on_event(self, event: h2.Event) -> None:
+        raise NotImplementedError
+
+    def on_received(self) -> None:
+        """A batch was handled."""
+
+    def on_lost(self) -> None:
+        """The connection is gone: `loss` and `reason` say why."""
+
+    @property
+    def is_open(self) -> bool:
+        return self._transport is not None and not self._transport.is_closing()
+
+    async def wait_lost(self) -> None:
+        await asyncio.shield(self._lost)
+
+    def close(self, loss: Loss = Loss.LOCAL, reason: str = "") -> None:
+        """Send what can be sent now, and close; idempotent."""
+        self._note(loss, reason)
+        if self._transport is not None and not self._transport.is_closing():
+            if not self._writing_paused:
+                self._write_block()
+            self._transport.close()
+
+    def abort(self, loss: Loss, reason: str = "") -> None:
+        self._note(loss, reason)
+        if self._transport is not None:
+            self._transport.abort()
+
+    def flush_now(self) -> None:
+        """For what somebody waits for. Within a batch, the batch's own flush is as early."""
+        if not self._in_turn:
+            self.flush()
+
+    def flush_soon(self) -> None:
+        """Have everything that is queued in this turn of the loop written at once."""
+        if not self._flush_due and not self._in_turn:
+            self._flush_due = True
+            self._loop.call_soon(self.flush)
+
+    def hold_reading(self, held: bool) -> None:
+        """Take nothing from the peer until released: what it sends stays with it."""
+        if held == self._reading_held:
+            return
+        self._reading_held = held
+        if self._transport is None or self._transport.is_closing():
+            return
+        if held:
+            self._transport.pause_reading()
+        else:
+            self._transport.resume_reading()
+
+    def flush(self) -> None:
+        """Write the next block, unless the transport still has the last one."""
+        self._flush_due = False
+        if self._transport is None or self._writing_paused:
+            return
+        wrote = self._write_block()
+        for event in self.native.events():
+            self.on_event(event)
+        if self.native.is_over:
+            error = self.native.error
+            self.close(Loss.PROTOCOL if error else Loss.CLOSED, error)
+        elif wrote and self.native.has_more and not self._writing_paused:
+            self._flush_due = True
+            self._loop.call_soon(self.flush)
+
+    # asyncio.BufferedProtocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # uvloop's transports have the interface, but are no subclass.
+        self._transport = transport = cast("asyncio.Transport", transport)
+        tls = transport.get_extra_info("ssl_object")
+        if tls is not None and tls.selected_alpn_protocol() != "h2":
+            self.abort(Loss.PROTOCOL, "the peer does not offer HTTP/2 (ALPN h2)")
+            return
+        # Pause as soon as one byte stays behind. Over TLS, uvloop and asyncio pause at `size >= high`,
+        # otherwise at `size > high`; 0 over TLS would pause with nothing to wait for.
+        transport.set_write_buffer_limits(high=1 if tls is not None else 0, low=0)
+        self._received_at = self._loop.time()
+        if self._keepalive is not None:
+            self._timer = self._loop.call_later(self._keepalive.interval_s, self._check_peer)
+        self.flush()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self.native.receive
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._received_at = self._loop.time()
+        self._in_turn = True
+        try:
+            self.native.feed(nbytes, int(self._received_at * 1000))
+            for event in self.native.events():
+                self.on_event(event)
+            self.on_received()
+        finally:
+            self._in_turn = False
+        self.flush()
+        # libuv would read up to 32 more buffers at once; the others of this loop come first.
+        if nbytes == len(self.native.receive) and self.is_open and not self._reading_held:
+            assert self._transport is not None
+            self._transport.pause_reading()
+            self._loop.call_soon(self._next_slice)
+
+    def pause_writing(self) -> None:
+        self._writing_paused = True
+
+    def resume_writing(self) -> None:
+        self._writing_paused = False
+        self.flush()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        if self._timer is not None:
+            self._timer.cancel()
+        self._note(Loss.CLOSED, str(exc) if exc else "")
+        if not self._lost.done():
+            self._lost.set_result(None)
+        self.on_lost()
+
+    def _note(self, loss: Loss, reason: str) -> None:
+        if self.loss is None:
+            self.loss = loss
+            self.reason = reason or loss.value
+
+    def _write_block(self) -> bool:
+        block = self.native.fill()
+        if block is None or self._transport is None:
+            return False
+        self._transport.write(block)
+        return True
+
+    def _next_slice(self) -> None:
+        if self._transport is not None and not self._reading_held:
+            self._transport.resume_reading()
+
+    def _check_peer(self) -> None:
+        """Ask a quiet peer for a sign of life, and give it up when none comes.
+
+        Time that we spent elsewhere is not the peer's: after the time-out the loop turns once more and takes
+        what is in the socket before the peer is judged.
+        """
+        assert self._keepalive is not None
+        interval_s, timeout_s = self._keepalive.interval_s, self._keepalive.timeout_s
+        now = self._loop.time()
+        if self._reading_held or (self._pinged_at is not None and self._received_at >= self._pinged_at):
+            self._pinged_at = None
+        delay_s = interval_s
+        if self._pinged_at is None:
+            self._last_chance = False
+            if not self._reading_held and now - self._received_at >= interval_s:
+                self._pinged_at = now
+                self.native.ping()
+                self.flush()
+                delay_s = timeout_s
+            elif not self._reading_held:
+                delay_s = self._received_at + interval_s - now
+        elif not self._last_chance:
+            self._last_chance = True
+            delay_s = timeout_s / 8
+        else:
+            self.abort(Loss.SILENT, f"nothing came for {now - self._received_at:.1f} s")
+            return
+        self._timer = self._loop.call_later(max(delay_s, 0.001), self._check_peer)
