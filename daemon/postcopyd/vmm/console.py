@@ -45,7 +45,7 @@ class Pause(_Command, frozen=True):
 
 
 class Wait(_Command, frozen=True):
-    """Wait until every vCPU made `steps` steps, or, with 0, until none runs. Answers `reached`."""
+    """Wait until every vCPU made `steps` steps since `start`, or with 0 until none runs. Answers `reached`."""
 
     timeout_s: float
     steps: int = 0

@@ -93,6 +93,7 @@ class Machine:
         self.memory = memory
         self.guest = guest
         self.removed: list[tuple[int, int]] = []
+        self._steps_at_start = [0] * shape.vcpus
         try:
             self._native = native.NativeMachine(shape.raw(), memory.address, guest.code)
         except KernelError as err:
@@ -127,6 +128,7 @@ class Machine:
 
     def start(self) -> None:
         """Let every parked vCPU run."""
+        self._steps_at_start = [vcpu.steps for vcpu in self.status().vcpus]
         self._native.start()
 
     def pause(self, timeout_s: float = 5.0) -> None:
@@ -147,14 +149,15 @@ class Machine:
         return self._native.wait(_milliseconds(timeout_s)) == 0
 
     def wait_steps(self, steps: int, timeout_s: float) -> bool:
-        """Return whether every vCPU made `steps` steps since its guest was made, waiting `timeout_s` for it.
+        """Return whether every vCPU made `steps` steps since `start`, waiting `timeout_s` for it.
 
         The guest does not tell when it passes a step, so this looks every millisecond. False also when a vCPU
         ends before.
         """
         deadline = time.monotonic() + timeout_s
         while True:
-            behind = [vcpu for vcpu in self.status().vcpus if vcpu.steps < steps]
+            vcpus = zip(self.status().vcpus, self._steps_at_start, strict=True)
+            behind = [vcpu for vcpu, start in vcpus if vcpu.steps - start < steps]
             if not behind:
                 return True
             if time.monotonic() > deadline or any(vcpu.phase is not Phase.RUNNING for vcpu in behind):
