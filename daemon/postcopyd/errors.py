@@ -63,6 +63,7 @@ class Code(StrEnum):
     MIGRATION_UNFINISHED = "migration.unfinished"
     MIGRATION_CANCELLED = "migration.cancelled"
     CONTROL_UNREACHABLE = "control.unreachable"
+    DEMO_FAILED = "demo.failed"
     INVARIANT = "internal.invariant"
 
 
@@ -322,6 +323,9 @@ CATALOGUE: dict[Code, Entry] = {
         ConfigError,
         "No postcopyd answers on the control socket.",
         "Start `postcopyd run`, or name its socket with --control.",
+    ),
+    Code.DEMO_FAILED: Entry(
+        MigrationError, "One of the demo's processes failed.", "The message carries the end of its log."
     ),
     Code.INVARIANT: Entry(
         InvariantError, "A promise of postcopyd's own code was broken.", "Report it with the log."

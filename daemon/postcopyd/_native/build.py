@@ -92,6 +92,7 @@ MODULES = (
         sources=(
             "ledger.c",
             "extents.c",
+            "state.c",
             "uffd.c",
             "histogram.c",
             "inflight.c",
