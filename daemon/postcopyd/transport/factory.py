@@ -22,13 +22,13 @@ def make_factory(config: DaemonConfig) -> TransportFactory:
     Raises:
         ConfigError: a TLS file cannot be read or used.
     """
-    timeouts = Timeouts(connect_s=config.connect_timeout_s)
     if config.transport == "native":
         from .native import NativeTransport
 
         context = _ssl_context(config)
-        return lambda target: NativeTransport(target, timeouts=timeouts, tls=context)
+        return lambda target: NativeTransport(target, tls=context, connect_timeout_s=config.connect_timeout_s)
     credentials = _credentials(config)
+    timeouts = Timeouts(connect_s=config.connect_timeout_s)
     return lambda target: GrpcioTransport(target, timeouts=timeouts, credentials=credentials)
 
 
