@@ -17,7 +17,7 @@ CODE_KEY = "postcopyd-code"
 # HTTP/2 header lists are bounded by the peer, 8 KiB by default in gRPC.
 MAX_MESSAGE_CHARS = 1024
 
-_CODES: dict[str | bytes | None, Code] = {str(code): code for code in Code}
+_CODES: dict[str, Code] = {str(code): code for code in Code}
 _BY_CODE = {
     Code.MIGRATION_EXISTS: grpc.StatusCode.ALREADY_EXISTS,
     Code.MIGRATION_UNKNOWN: grpc.StatusCode.NOT_FOUND,
@@ -51,16 +51,20 @@ def error_of(error: grpc.aio.AioRpcError, path: str) -> PostcopyError:
     """Return what the daemon at `path` reported, or CONTROL_UNREACHABLE if the call never got to it."""
     details = error.details() or error.code().name
     carried = dict(error.trailing_metadata() or ()).get(CODE_KEY)
-    if carried in _CODES:
-        return _rebuilt(_CODES[carried], details)
+    if isinstance(carried, str):
+        return rebuilt(carried, details)
     if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
         return ConfigError(Code.CONTROL_UNREACHABLE, f"no postcopyd answers at {path}: {details}")
     return ConfigError(Code.CONTROL_UNREACHABLE, f"what answers at {path} refused the call: {details}")
 
 
-def _rebuilt(code: Code, message: str) -> PostcopyError:
+def rebuilt(code: str, message: str) -> PostcopyError:
+    """Return the error that a daemon names by its code; an unknown code is a newer daemon's."""
+    known = _CODES.get(code)
+    if known is None:
+        return ConfigError(Code.CONTROL_UNREACHABLE, f"{message} (the daemon says {code}, unknown here)")
     # Some classes are made from what went wrong, which did not travel: only code and sentence did.
-    kind = CATALOGUE[code].error
+    kind = CATALOGUE[known].error
     error = kind.__new__(kind)
-    PostcopyError.__init__(error, code, message)
+    PostcopyError.__init__(error, known, message)
     return error
