@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import textwrap
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, get_args, get_origin, get_type_hints
@@ -203,6 +204,31 @@ def keys(struct: type[msgspec.Struct] = DaemonConfig, prefix: str = "") -> Itera
         )
 
 
+def render_markdown() -> str:
+    """Return all keys as a Markdown table, for docs/operations.md."""
+    lines = ["| key | type | default | meaning | variable |", "|---|---|---|---|---|"]
+    lines += [
+        f"| `{key.name}` | {key.type.replace('|', '&#124;')} | `{_toml(key.default)}` "
+        f"| {key.description} | `{key.variable}` |"
+        for key in keys()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def render_example() -> str:
+    """Return a TOML file with every key commented out at its default: deploy/postcopyd.toml."""
+    lines = ["# postcopyd's configuration. Every key is shown with its default."]
+    table = ""
+    for key in keys():
+        head, _, name = key.name.rpartition(".")
+        if head != table:
+            table = head
+            lines += ["", f"[{table}]"]
+        lines += ["", *textwrap.wrap(key.description, 110, initial_indent="# ", subsequent_indent="# ")]
+        lines += [f"# Type: {key.type}. Variable: {key.variable}", f"#{name} = {_toml(key.default)}"]
+    return "\n".join(lines) + "\n"
+
+
 def _read_toml(path: Path) -> Table:
     try:
         with path.open("rb") as file:
@@ -304,3 +330,7 @@ def _type_name(plain: object) -> str:
     if get_origin(plain) is list:
         return f"list of {_type_name(get_args(plain)[0])}"
     return {str: "text", int: "integer", float: "number"}[plain]  # type: ignore[index]
+
+
+def _toml(value: object) -> str:
+    return msgspec.json.encode(value).decode()  # the same notation for text, numbers and lists

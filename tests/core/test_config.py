@@ -12,8 +12,15 @@ import structlog
 
 from postcopyd import log
 from postcopyd.arguments import check_id, check_socket_path, parse_endpoint
-from postcopyd.config import DaemonConfig, default_control, default_state_dir, keys, load_config
-from postcopyd.config_reference import render_example, render_markdown
+from postcopyd.config import (
+    DaemonConfig,
+    default_control,
+    default_state_dir,
+    keys,
+    load_config,
+    render_example,
+    render_markdown,
+)
 from postcopyd.errors import Code, ConfigError
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "deploy" / "postcopyd.toml"
