@@ -7,11 +7,15 @@ import functools
 import struct
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
+
 from postcopyd.source.native_server import CallError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
 
 ANSWER, REFUSE, FAIL, STALL = 0, 1, 2, 3
 _SOURCE = Path(__file__).parent / "doubles" / "h2_double.c"
@@ -87,7 +91,7 @@ class ReplyDouble:
         self.state = _Reply(refuse_at=refuse_at)
         self.native = (_address("double_reply"), ctypes.addressof(self.state))
         self.batches = 0
-        self.on_fed = lambda: None
+        self.on_fed: Callable[[], object] = lambda: None
 
     def feed(self, message: bytes) -> None:
         _library().double_reply(ctypes.byref(self.state), message, ctypes.c_size_t(len(message)))

@@ -82,7 +82,8 @@ static int on_data_chunk(nghttp2_session *session, uint8_t flags, int32_t stream
         (void)nghttp2_session_consume_connection(session, len);
     else
         (void)nghttp2_session_consume(session, stream_id, len);
-    if (!stream || stream->ended || stream->finishing)
+    /* A server that has made up its mind does not listen; a client that has sent everything does. */
+    if (!stream || stream->ended || (conn->config.is_server && stream->finishing))
         return 0;
     enum h2_assembled rc = h2_assemble(&stream->assembler, data, len, conn->config.limits.max_message_bytes,
                                        take_message, stream);

@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2  # type: ignore[import-untyped]
 
 from .._native import h2
 from ..errors import Code, ConfigError
-from ..transport.h2_connection import H2Connection, KeepAlive, Loss
+from ..transport.h2_connection import TLS_SHUTDOWN_S, H2Connection, KeepAlive, Loss
 
 if TYPE_CHECKING:
     import ssl
@@ -233,7 +233,11 @@ class NativeServer:
         loop = asyncio.get_running_loop()
         try:
             self._server = await loop.create_server(
-                lambda: _ServerConnection(self), host, port, ssl=self._tls
+                lambda: _ServerConnection(self),
+                host,
+                port,
+                ssl=self._tls,
+                ssl_shutdown_timeout=TLS_SHUTDOWN_S if self._tls is not None else None,
             )
         except OSError as error:
             raise ConfigError(Code.ARGUMENT_INVALID, f"cannot listen on {host}:{port}: {error}") from error

@@ -19,6 +19,9 @@ import msgspec
 if TYPE_CHECKING:
     from .._native import h2
 
+TLS_SHUTDOWN_S = 0.1
+"""For the peer's close_notify: nothing depends on it, as HTTP/2 says by itself where a stream ends."""
+
 
 class KeepAlive(msgspec.Struct, frozen=True):
     """A PING after `interval_s` without a byte from the peer; `timeout_s` later the peer is given up."""

@@ -14,7 +14,7 @@ from ..errors import Code, SourceError
 from ..v1 import page_source_pb2 as pb
 from . import ImageInfo
 from .h2_call import ClientCall, ClientConnection
-from .h2_connection import KeepAlive
+from .h2_connection import TLS_SHUTDOWN_S, KeepAlive
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -138,13 +138,16 @@ class NativeTransport:
 
     async def _connect(self, sink: ReplySink | None) -> ClientConnection:
         loop = asyncio.get_running_loop()
+        shutdown_timeout_s = TLS_SHUTDOWN_S if self._tls is not None else None
 
         def make() -> ClientConnection:
             return ClientConnection(self.target, self._limits, self._keepalive, sink)
 
         try:
             async with asyncio.timeout(self._connect_timeout_s):
-                _, connection = await loop.create_connection(make, self._host, self._port, ssl=self._tls)
+                _, connection = await loop.create_connection(
+                    make, self._host, self._port, ssl=self._tls, ssl_shutdown_timeout=shutdown_timeout_s
+                )
         except TimeoutError:
             raise SourceError(
                 Code.SOURCE_UNREACHABLE, f"{self.target} did not accept in {self._connect_timeout_s:g} s"
