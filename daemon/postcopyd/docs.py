@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .config_reference import render_markdown
+from .config import render_markdown
 from .errors import CATALOGUE
 from .ledger import PageCommand, PageEvent, PageState, transition
 from .status import NEXT_STATES
