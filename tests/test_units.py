@@ -15,8 +15,8 @@ from postcopyd.cli import COMMANDS
 ROOT = Path(__file__).resolve().parents[1]
 UNITS = sorted((ROOT / "systemd").glob("*.s[eo][rc][vk]*"))
 SERVICES = [path for path in UNITS if path.suffix == ".service"]
-# On systemd's scale from 0 to 10. What is left is the network (1.0), which page sources are reached by, and 0.1 for
-# having the host's root directory; with the site's addresses named, one tenth less.
+# On systemd's scale from 0 to 10. What is left is the network, which page sources are reached by, UNIX sockets, and
+# the host's root directory; naming the site's addresses takes off one tenth.
 MAX_EXPOSURE = 1.1
 MAX_EXPOSURE_WITH_ADDRESSES = 1.0
 

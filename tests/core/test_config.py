@@ -132,7 +132,7 @@ def test_an_ordinary_users_directory_is_its_own(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_example_file_is_in_step_with_the_code(tmp_path: Path) -> None:
-    assert EXAMPLE.read_text() == render_example(), "write it again: make build"
+    assert EXAMPLE.read_text() == render_example(), "write it again: make docs"
     uncommented = "\n".join(
         line[1:] if line.startswith("#") and not line.startswith("# ") else line
         for line in render_example().splitlines()

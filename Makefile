@@ -1,0 +1,69 @@
+# Developer's commands; CI runs the same ones (.ci/run).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup
+APT := build-essential python3-dev python3-venv pkg-config libnghttp2-dev libxxhash-dev libcapstone-dev iproute2 nftables systemd
+
+C_SOURCES := $(wildcard daemon/native/*.c daemon/libpostcopy/*.c)
+C_CHECK := gcc -std=gnu11 -fsyntax-only -Wall -Wextra -Werror -Wshadow -Wstrict-prototypes -Idaemon/native -Idaemon/libpostcopy
+
+# Where the devices are, a test that cannot use them is a failure and not a skip.
+REQUIRE := $(if $(wildcard /dev/kvm),REQUIRE_KVM=1) $(if $(wildcard /dev/userfaultfd),REQUIRE_UFFD=1)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup apt build check test demo docs clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
+
+setup: apt $(STAMP) build ## Install system packages (as root), .venv, and build
+
+apt:
+	@command -v dpkg-query >/dev/null || { echo "no Debian packages here: see APT in the Makefile for what is needed"; exit 0; }; \
+	missing=; for package in $(APT); do \
+	  dpkg-query -W -f='$${Status}' $$package 2>/dev/null | grep -q 'ok installed' || missing="$$missing $$package"; done; \
+	[ -z "$$missing" ] && exit 0; \
+	if [ "$$(id -u)" = 0 ]; then apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $$missing; \
+	else echo "missing packages; run: sudo apt-get install -y$$missing" >&2; exit 1; fi
+
+$(STAMP): pyproject.toml constraints.txt daemon/build_hook.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, $(PYTHON) is " + sys.version.split()[0] + "; name another: make setup PYTHON=python3.12")'
+	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt $$($(PYTHON) -c 'import tomllib; print(*map("{!r}".format, tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"]))' | tr -d "'")
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+build: ## Generate the protobuf code and compile the C, where stale
+	$(BIN)/python daemon/build_hook.py
+
+check: ## Lint and type-check Python and C
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(foreach source,$(C_SOURCES),$(C_CHECK) $(source) &&) true
+
+test: build ## Run the tests
+	$(REQUIRE) $(BIN)/pytest
+
+demo: build ## Migrate a guest on this host and show what happens
+	$(BIN)/postcopyd demo
+
+docs: build ## Write the generated parts of docs/ and deploy/
+	$(BIN)/python -m postcopyd.docs
+	$(BIN)/python -c 'import postcopyd.config as c; print(c.render_example(), end="")' > deploy/postcopyd.toml
+
+ifneq ($(wildcard bench/run.py),)
+.PHONY: bench bench-quick
+bench: build ## Run the benchmarks
+	$(BIN)/python bench/run.py
+
+bench-quick: build ## Run the benchmarks, shorter
+	$(BIN)/python bench/run.py --quick
+endif
+
+clean: ## Remove what was built, but not .venv
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -f daemon/postcopyd/_native/*.so daemon/postcopyd/v1/*_pb2*.py daemon/postcopyd/v1/*.pyi
+	find daemon tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
