@@ -41,6 +41,7 @@ bool image_catalog_add(struct image_catalog *catalog, const char *id, size_t id_
 
 void *ps_new(const struct image_catalog *catalog, struct ps_limits limits);
 void ps_free(void *stream);
+void ps_refuse(void *stream, int status, const char *message);
 int ps_request(void *stream, const uint8_t *message, size_t len);
 ssize_t ps_produce(void *stream, uint8_t *out, size_t cap);
 void ps_read_blocking(void *stream);

@@ -96,6 +96,11 @@ static int fail(struct page_stream *s, enum ps_status status, const char *format
     return s->failed;
 }
 
+void ps_refuse(void *stream, int status, const char *message)
+{
+    fail(stream, (enum ps_status)status, "%s", message);
+}
+
 static int check_open(struct page_stream *s, const struct wire_open *open)
 {
     uint32_t align = open->run_align;

@@ -51,6 +51,9 @@ struct ps_limits {
 void *ps_new(const struct image_catalog *catalog, struct ps_limits limits);
 void ps_free(void *stream);
 
+/* End the stream before it began: every later call answers this gRPC status, not 0, with this message. */
+void ps_refuse(void *stream, int status, const char *message);
+
 /*
  * Take a serialised PageRequest. Returns 0 or the gRPC status that ends the stream, which every later call
  * then repeats. Bounded: a message of more than PS_REQUEST_MAX bytes, or with more ranges than max_ranges

@@ -10,9 +10,10 @@ import logging
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import grpc
+import msgspec
 import pytest
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
@@ -36,16 +37,30 @@ if TYPE_CHECKING:
     Stub = page_source_pb2_grpc.PageSourceAsyncStub
 
 CHANNEL_OPTIONS = [("grpc.max_receive_message_length", 8 << 20)]
+DEFAULTS = ServerOptions()
 CONTENT = mixed_content(4096, seed=21)
 
 
-@contextlib.asynccontextmanager
-async def serving(*specs: ImageSpec, options: ServerOptions | None = None) -> AsyncIterator[PageServer]:
-    server = await serve(specs, "127.0.0.1:0", options)
-    try:
-        yield server
-    finally:
-        await server.stop(0)
+class Serving(Protocol):
+    """Serves images with one of the transports, on any port, as long as the context lasts."""
+
+    def __call__(
+        self, *specs: ImageSpec, options: ServerOptions = ...
+    ) -> contextlib.AbstractAsyncContextManager[PageServer]: ...
+
+
+@pytest.fixture(params=["grpcio", "native"])
+def serving(request: pytest.FixtureRequest) -> Serving:
+    @contextlib.asynccontextmanager
+    async def start(*specs: ImageSpec, options: ServerOptions = DEFAULTS) -> AsyncIterator[PageServer]:
+        options = msgspec.structs.replace(options, transport=request.param)
+        server = await serve(specs, "127.0.0.1:0", options)
+        try:
+            yield server
+        finally:
+            await server.stop(0)
+
+    return start
 
 
 @contextlib.asynccontextmanager
@@ -94,7 +109,7 @@ async def describe(stub: Stub, image_id: str = IMAGE_ID) -> pb.Image:
     return await stub.Describe(pb.DescribeRequest(image_id=image_id))
 
 
-async def test_whole_images_arrive_as_they_are(tmp_path: Path) -> None:
+async def test_whole_images_arrive_as_they_are(serving: Serving, tmp_path: Path) -> None:
     contents = {f"vm{n}": mixed_content(2048, seed=n) for n in range(3)}
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
@@ -112,7 +127,7 @@ async def test_whole_images_arrive_as_they_are(tmp_path: Path) -> None:
         await asyncio.gather(*(check(name, content) for name, content in contents.items()))
 
 
-async def test_a_memfd_of_another_process_is_served(tmp_path: Path) -> None:
+async def test_a_memfd_of_another_process_is_served(serving: Serving, tmp_path: Path) -> None:
     holder = await asyncio.create_subprocess_exec(
         sys.executable,
         "-c",
@@ -132,7 +147,7 @@ async def test_a_memfd_of_another_process_is_served(tmp_path: Path) -> None:
     assert collector.memory[1] == b"m" * 65536, "the image outlives the process it came from"
 
 
-async def test_describe_says_what_the_server_holds_to(image_path: Path) -> None:
+async def test_describe_says_what_the_server_holds_to(serving: Serving, image_path: Path) -> None:
     options = ServerOptions(max_ranges=5, max_data_bytes=64 << 10, max_range_bytes=1 << 20)
     async with (
         serving(ImageSpec(IMAGE_ID, str(image_path)), options=options) as server,
@@ -147,7 +162,7 @@ async def test_describe_says_what_the_server_holds_to(image_path: Path) -> None:
         assert await status_of_stream(stub, too_many) is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-async def test_statuses_of_requests_that_cannot_be_served(image_path: Path) -> None:
+async def test_statuses_of_requests_that_cannot_be_served(serving: Serving, image_path: Path) -> None:
     async with serving(ImageSpec(IMAGE_ID, str(image_path), 42)) as server, client(server.address) as stub:
         other_image = pb.PageRequest(open=pb.Open(image_id="no", run_align=PAGE, max_data_bytes=PAGE))
         cases = {
@@ -174,7 +189,7 @@ async def test_statuses_of_requests_that_cannot_be_served(image_path: Path) -> N
         assert (await describe(stub)).epoch == 42
 
 
-async def test_bytes_that_are_no_request_are_invalid(image_path: Path) -> None:
+async def test_bytes_that_are_no_request_are_invalid(serving: Serving, image_path: Path) -> None:
     async with (
         serving(ImageSpec(IMAGE_ID, str(image_path))) as server,
         grpc.aio.insecure_channel(server.address) as channel,
@@ -186,7 +201,7 @@ async def test_bytes_that_are_no_request_are_invalid(image_path: Path) -> None:
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_holes_of_a_terabyte_come_at_once_and_are_zero() -> None:
+async def test_holes_of_a_terabyte_come_at_once_and_are_zero(serving: Serving) -> None:
     size = 1 << 40
     fd = os.memfd_create("image")
     os.truncate(fd, size)
@@ -215,7 +230,7 @@ async def test_holes_of_a_terabyte_come_at_once_and_are_zero() -> None:
         assert (answered, data) == (size, PAGE)
 
 
-async def test_a_file_that_is_truncated_while_served_is_data_loss(image_path: Path) -> None:
+async def test_a_file_that_is_truncated_while_served_is_data_loss(serving: Serving, image_path: Path) -> None:
     async with serving(ImageSpec(IMAGE_ID, str(image_path))) as server, client(server.address) as stub:
         image = await describe(stub)
         os.truncate(image_path, PAGE)
@@ -227,7 +242,7 @@ async def test_a_file_that_is_truncated_while_served_is_data_loss(image_path: Pa
         assert caught.value.code() is grpc.StatusCode.DATA_LOSS
 
 
-async def test_demand_is_answered_while_bulk_is_under_way(image_path: Path) -> None:
+async def test_demand_is_answered_while_bulk_is_under_way(serving: Serving, image_path: Path) -> None:
     async with serving(ImageSpec(IMAGE_ID, str(image_path))) as server, client(server.address) as stub:
         image = await describe(stub)
         call = stub.Pages()
@@ -244,7 +259,7 @@ async def test_demand_is_answered_while_bulk_is_under_way(image_path: Path) -> N
         assert any(request_id != 100 for request_id in seen[seen.index(100) :]), "before the bulk was through"
 
 
-async def test_complete_releases_the_image_and_can_be_repeated(image_path: Path) -> None:
+async def test_complete_releases_the_image_and_can_be_repeated(serving: Serving, image_path: Path) -> None:
     async with serving(ImageSpec(IMAGE_ID, str(image_path))) as server, client(server.address) as stub:
         image = await describe(stub)
         request = pb.CompleteRequest(image_id=IMAGE_ID, epoch=image.epoch, pages_installed=1, pages_zero=2)
@@ -257,7 +272,9 @@ async def test_complete_releases_the_image_and_can_be_repeated(image_path: Path)
         assert await status_of_stream(stub, opening(image.epoch)) is grpc.StatusCode.NOT_FOUND
 
 
-async def test_a_restarted_server_of_the_same_file_keeps_the_epoch(image_path: Path) -> None:
+async def test_a_restarted_server_of_the_same_file_keeps_the_epoch(
+    serving: Serving, image_path: Path
+) -> None:
     epochs = []
     for _ in range(2):
         async with serving(ImageSpec(IMAGE_ID, str(image_path))) as server, client(server.address) as stub:
@@ -265,7 +282,7 @@ async def test_a_restarted_server_of_the_same_file_keeps_the_epoch(image_path: P
     assert epochs[0] == epochs[1]
 
 
-async def test_a_client_that_never_reads_costs_one_message(image_path: Path) -> None:
+async def test_a_client_that_never_reads_costs_one_message(serving: Serving, image_path: Path) -> None:
     """At the handler: as long as a write does not finish, nothing more is produced."""
     async with serving(ImageSpec(IMAGE_ID, str(image_path))) as server:
         stream = server.service.open_stream()
@@ -299,7 +316,9 @@ async def test_a_client_that_never_reads_costs_one_message(image_path: Path) -> 
         stream.close()
 
 
-async def test_over_the_network_a_client_that_never_reads_is_bounded(tmp_path: Path) -> None:
+async def test_over_the_network_a_client_that_never_reads_is_bounded(
+    serving: Serving, tmp_path: Path
+) -> None:
     size = 64 << 20
     path = tmp_path / "image"
     path.write_bytes(b"x" * size)
@@ -321,7 +340,9 @@ async def test_over_the_network_a_client_that_never_reads_is_bounded(tmp_path: P
         call.cancel()
 
 
-async def test_streams_beyond_the_limit_are_refused_and_places_come_back(image_path: Path) -> None:
+async def test_streams_beyond_the_limit_are_refused_and_places_come_back(
+    serving: Serving, image_path: Path
+) -> None:
     options = ServerOptions(max_streams=2)
     async with (
         serving(ImageSpec(IMAGE_ID, str(image_path)), options=options) as server,
@@ -341,7 +362,9 @@ async def test_streams_beyond_the_limit_are_refused_and_places_come_back(image_p
         assert not server.service.streams
 
 
-async def test_health_and_tls_with_client_certificates(image_path: Path, tmp_path: Path) -> None:
+async def test_health_and_tls_with_client_certificates(
+    serving: Serving, image_path: Path, tmp_path: Path
+) -> None:
     certificates = make_certificates(tmp_path)
     tls = TlsFiles(
         cert=str(tmp_path / "server.pem"), key=str(tmp_path / "server.key"), ca=str(tmp_path / "ca.pem")
@@ -359,13 +382,13 @@ async def test_health_and_tls_with_client_certificates(image_path: Path, tmp_pat
             assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
-async def test_a_port_that_is_taken_is_named(image_path: Path) -> None:
+async def test_a_port_that_is_taken_is_named(serving: Serving, image_path: Path) -> None:
     async with serving(ImageSpec(IMAGE_ID, str(image_path))) as server:
         with pytest.raises(ConfigError, match=server.address):
             await serve([ImageSpec(IMAGE_ID, str(image_path))], server.address)
 
 
-async def test_progress_counts_what_was_served(image_path: Path) -> None:
+async def test_progress_counts_what_was_served(serving: Serving, image_path: Path) -> None:
     async with serving(ImageSpec(IMAGE_ID, str(image_path))) as server, client(server.address) as stub:
         before = take_sample(server.service, lambda: 0.0)
         epoch = (await describe(stub)).epoch

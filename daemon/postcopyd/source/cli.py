@@ -24,6 +24,7 @@ from .server import serve as start_server
 
 if TYPE_CHECKING:
     from .image import ImageSpec
+    from .options import Transport
 
 PAGE_LIMITS = (4096, 64 * MIB)
 
@@ -40,6 +41,13 @@ PAGE_LIMITS = (4096, 64 * MIB)
 @click.option("--listen", default="127.0.0.1:50051", show_default=True, metavar="HOST:PORT")
 @click.option("--once", is_flag=True, help="Exit when every image was released.")
 @click.option("--keep", is_flag=True, help="Serve images on after Complete: a snapshot restored many times.")
+@click.option(
+    "--transport",
+    type=click.Choice(["grpcio", "native"]),
+    default="grpcio",
+    show_default=True,
+    help="Implementation of gRPC; the wire is the same.",
+)
 @click.option("--max-streams", type=click.IntRange(1, 4096), default=64, show_default=True)
 @click.option(
     "--max-message", default="1M", show_default=True, metavar="SIZE", help="Most data in a message."
@@ -55,6 +63,7 @@ def serve(
     listen: str,
     once: bool,
     keep: bool,
+    transport: Transport,
     max_streams: int,
     max_message: str,
     tls_cert: str,
@@ -72,6 +81,7 @@ def serve(
         raise ConfigError(Code.ARGUMENT_INVALID, "--once waits for releases, which --keep forbids; name one")
     options = ServerOptions(
         keep=keep,
+        transport=transport,
         max_streams=max_streams,
         max_data_bytes=_check_message(max_message),
         tls=_check_tls(tls_cert, tls_key, tls_ca),

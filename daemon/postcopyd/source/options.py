@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from postcopyd._native.image import MESSAGE_OVERHEAD, RUN_ALIGN_MAX, StreamLimits
 from postcopyd.units import GIB, MIB
+
+Transport = Literal["grpcio", "native"]
 
 
 class TlsFiles(msgspec.Struct, frozen=True):
@@ -23,6 +27,7 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
         max_data_bytes: the most data in one message; a client with larger pages gets one of them.
         keep: images are served on after Complete, as one snapshot may be restored many times.
         read_threads: reads that wait for a disk at the same time.
+        transport: the implementation; on the wire both are gRPC.
     """
 
     max_ranges: int = 4096
@@ -31,6 +36,7 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_streams: int = 64
     read_threads: int = 4
     keep: bool = False
+    transport: Transport = "grpcio"
     tls: TlsFiles | None = None
 
     @property
