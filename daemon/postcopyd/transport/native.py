@@ -79,7 +79,7 @@ class NativeTransport:
         self._tls = tls
         if tls is not None:
             tls.set_alpn_protocols(["h2"])
-        self._keepalive = keepalive or KeepAlive()
+        self.keepalive = keepalive or KeepAlive()
         self._limits = limits
         self._connect_timeout_s = connect_timeout_s
         self._call_timeout_s = call_timeout_s
@@ -141,7 +141,7 @@ class NativeTransport:
         shutdown_timeout_s = TLS_SHUTDOWN_S if self._tls is not None else None
 
         def make() -> ClientConnection:
-            return ClientConnection(self.target, self._limits, self._keepalive, sink)
+            return ClientConnection(self.target, self._limits, self.keepalive, sink)
 
         try:
             async with asyncio.timeout(self._connect_timeout_s):
@@ -163,9 +163,9 @@ class NativeTransport:
         if not connection.too_many_pings:
             return
         # Source: gRPC's client-side keepalive (grpc/proposal A8): on "too_many_pings", double the interval.
-        interval_s = min(2 * self._keepalive.interval_s, KEEPALIVE_INTERVAL_MAX_S)
+        interval_s = min(2 * self.keepalive.interval_s, KEEPALIVE_INTERVAL_MAX_S)
         _log.warning("keepalive.slowed", target=self.target, interval_s=interval_s)
-        self._keepalive = KeepAlive(interval_s=interval_s, timeout_s=self._keepalive.timeout_s)
+        self.keepalive = KeepAlive(interval_s=interval_s, timeout_s=self.keepalive.timeout_s)
 
     async def _begin(self, method: str, request: Message) -> ClientCall:
         async with self._connecting:
