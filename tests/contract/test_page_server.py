@@ -358,8 +358,10 @@ async def test_streams_beyond_the_limit_are_refused_and_places_come_back(
         for call in held:
             await call.done_writing()
             assert await call.code() is grpc.StatusCode.OK
+        # A client may know of the end of its stream before the server has put everything away.
+        while server.service.streams:
+            await describe(stub)
         assert (await fetch(stub, epoch, [page])).is_complete
-        assert not server.service.streams
 
 
 async def test_health_and_tls_with_client_certificates(

@@ -94,6 +94,16 @@ def test_adjacent_pages_of_a_kind_are_one_run() -> None:
     ]
 
 
+def test_a_hole_and_the_zero_pages_behind_it_are_one_run() -> None:
+    fd = os.memfd_create("image")
+    os.truncate(fd, 2 << 20)
+    os.pwrite(fd, bytes(1 << 20), 1 << 20)
+    bench = Bench(f"/proc/self/fd/{fd}")
+    os.close(fd)
+    replies = list(bench.replies(bench.opened(range_of(1, 0, 2 << 20))))
+    assert [(run.offset, run.length) for reply in replies for run in reply.runs] == [(0, 2 << 20)]
+
+
 def test_a_huge_page_with_one_byte_is_one_run_of_data() -> None:
     content = bytearray(2 * HUGE)
     content[HUGE + 12345] = 1
