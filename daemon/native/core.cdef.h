@@ -87,3 +87,6 @@ bool pager_is_complete(const struct pager *pager);
 int pager_release(struct pager *pager);
 uint64_t pager_poison_waiters(struct pager *pager);
 void pager_get_stats(const struct pager *pager, struct pager_stats *stats);
+
+/* crash.h */
+void crash_arm(const char *name, uint32_t nth);

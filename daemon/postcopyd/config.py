@@ -99,6 +99,12 @@ class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     handoff_timeout_s: Annotated[
         Seconds, Meta(description="Time from a VMM's connection to its complete hand-off.")
     ] = 5.0
+    store_max: Annotated[
+        int,
+        Meta(
+            ge=0, le=1 << 20, description="FileDescriptorStoreMax of the unit: what the manager keeps for us."
+        ),
+    ] = 4096
     limits: LimitsConfig = LimitsConfig()
     tls: TlsConfig = TlsConfig()
 

@@ -16,7 +16,8 @@ from .manager import Manager
 from .metrics.collector import Snapshot
 from .metrics.counts import ErrorCounts
 from .metrics.exposition import Exposition
-from .sdnotify import Notifier, Watchdog
+from .sdnotify import Notifier, Watchdog, listen_fds
+from .store import DescriptorStore, group, offered_capacity
 from .transport.factory import make_factory
 
 if TYPE_CHECKING:
@@ -33,9 +34,11 @@ class Daemon:
         self._notifier = Notifier.from_environ()
         self._readiness = Readiness()
         self._handoff_errors = ErrorCounts()
+        self._store = DescriptorStore(self._notifier, config.store_max or offered_capacity())
         self._manager = Manager(
             config,
             make_factory(config),
+            self._store,
             count_handoff_error=lambda code: self._handoff_errors.record(Code(code)),
         )
         self._stop_asked = asyncio.Event()
@@ -52,6 +55,10 @@ class Daemon:
             )
             await stack.enter_async_context(control)
             await self._start_http(stack)
+            stored, others = group(listen_fds())
+            for name in others:
+                log.warning("store.unknown", name=name, detail="kept open")
+            await self._manager.adopt(stored)
             if self._config.default_socket:
                 self._manager.listen_by_default(self._config.default_socket)
             self._start_watchdog(stack)
@@ -89,8 +96,10 @@ class Daemon:
         self._stop_asked.set()
 
     async def _drain(self) -> None:
-        """Without this process absent pages cannot come, and its last descriptors closed they would read as zero: so it
-        stays until every guest has its memory."""
+        """With a store another process goes on where this one ends. Without one absent pages could not come, and with
+        its last descriptor closed they would read as zero: so it stays until every guest has its memory."""
+        if self._store.is_durable:
+            return
         if left := self._manager.unfinished():
             log.warning("daemon.draining", unfinished=left)
             self._notifier.notify(STATUS=f"Draining: {left} migrations are not complete")

@@ -36,6 +36,8 @@ class Code(StrEnum):
     HANDOFF_VERSION = "handoff.version"
     HANDOFF_BUSY = "handoff.busy"
     HANDOFF_NO_MIGRATION = "handoff.no_migration"
+    STORE_FULL = "store.full"
+    STORE_INCOMPLETE = "store.incomplete"
 
     SOURCE_UNREACHABLE = "source.unreachable"
     SOURCE_UNKNOWN_IMAGE = "source.unknown_image"
@@ -228,6 +230,16 @@ CATALOGUE: dict[Code, Entry] = {
         HandoffError,
         "A VMM connected to the default socket, and it is not clear for which migration.",
         "Prepare exactly one, name a default source in the configuration, or use the socket that `prepare` printed.",
+    ),
+    Code.STORE_FULL: Entry(
+        HandoffError,
+        "The service manager's descriptor store has no room for another VMM's descriptors.",
+        "Raise FileDescriptorStoreMax in the unit and store_max in the configuration; cancel what is not needed.",
+    ),
+    Code.STORE_INCOMPLETE: Entry(
+        InvariantError,
+        "Descriptors of a session came back from the store, but not enough of them to serve it.",
+        "They are kept open so that its guest waits and reads no zeros; end that VMM by hand.",
     ),
     Code.SOURCE_UNREACHABLE: Entry(
         SourceError,

@@ -4,28 +4,40 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
 
+from .attachment import STATE, UFFD, Attachment, SessionRecord
+from .crash import crash_point
 from .errors import Code, HandoffError, InvariantError, MigrationError, PostcopyError, SourceError
 from .handoff.socket import HandoffListener
+from .pager import StateMemory
+from .prepared import PreparedRecord, PreparedStore
 from .session import Session
 from .status import Limits, MigrationSpec, MigrationStatus, State
+from .store import stored_name
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from .config import DaemonConfig
+    from .handoff.descriptors import OwnedFd
     from .handoff.offer import Handoff
+    from .store import DescriptorStore
     from .transport import ImageInfo, TransportFactory
 
 log = structlog.get_logger(__name__)
 
 FINISHED_KEPT = 64
 """So many ended migrations can still be looked at; the oldest are forgotten."""
+
+
+ADOPT_WAIT_S = 2.0
+"""Readiness waits so long for the sources of adopted sessions; a source that is away must not keep it back."""
 
 
 @dataclass
@@ -59,18 +71,23 @@ class Manager:
         self,
         config: DaemonConfig,
         factory: TransportFactory,
+        store: DescriptorStore,
         *,
         count_handoff_error: Callable[[str], None] = lambda code: None,
     ) -> None:
         self._config = config
         self._factory = factory
+        self._store = store
         self._count_handoff_error = count_handoff_error
+        self._prepared = PreparedStore(Path(config.state_dir) / "prepared")
         self._entries: dict[str, Entry] = {}
         self._preparing: set[str] = set()
         self._default_listener: HandoffListener | None = None
         self._default_task: asyncio.Task[None] | None = None
         self._clones = 0
         self._draining = False
+        # Descriptors of sessions that cannot be served: held, as closing them would let their guests read zeros.
+        self._unadopted: list[dict[str, OwnedFd]] = []
 
     # -- control.api.MigrationManager
 
@@ -89,8 +106,10 @@ class Manager:
             entry = self._enter(spec, image, path)
             try:
                 self._listen(entry)
+                self._prepared.save(PreparedRecord(spec=spec, image=image, socket_path=path))
             except PostcopyError:
                 del self._entries[spec.id]
+                await self._close_listener(entry)
                 raise
         finally:
             self._preparing.discard(spec.id)
@@ -107,6 +126,7 @@ class Manager:
         entry = self._entry(id)
         entry.session.cancel(force=force)
         if entry.serving is None:
+            self._prepared.remove(id)
             await self._close_listener(entry)
             self._forget_old()
         else:
@@ -129,6 +149,59 @@ class Manager:
             entry.watchers.discard(event)
 
     # -- the daemon's own
+
+    async def adopt(self, stored: dict[str, dict[str, OwnedFd]]) -> None:
+        """Go on with the sessions that the store kept. What cannot be served is reported, kept open, never closed."""
+        for id, fds in stored.items():
+            try:
+                self._adopt_one(id, fds)
+            except (PostcopyError, OSError, ValueError) as error:
+                log.error(
+                    "session.not_adopted",
+                    code=Code.STORE_INCOMPLETE,
+                    migration=id,
+                    kinds=sorted(fds),
+                    error=str(error),
+                )
+                self._unadopted.append(fds)
+        for record in self._prepared.load():
+            if record.spec.id in self._entries:
+                self._prepared.remove(record.spec.id)
+                continue
+            entry = self._enter(record.spec, record.image, record.socket_path)
+            try:
+                self._listen(entry)
+            except PostcopyError as error:
+                entry.session.fail(error)
+            log.info("migration.prepared_again", migration=record.spec.id, socket=record.socket_path)
+        await self._wait_running()
+
+    async def _wait_running(self) -> None:
+        """Return when every adopted session has its source again, or knows that it has not."""
+        for entry in [e for e in self._entries.values() if e.serving is not None]:
+            async with self.changes(entry.session.spec.id) as changed:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(ADOPT_WAIT_S):
+                        while entry.session.state is State.CONNECTED:
+                            await changed.wait()
+                            changed.clear()
+
+    def _adopt_one(self, id: str, fds: dict[str, OwnedFd]) -> None:
+        self._store.note_held(stored_name(kind, id) for kind in fds)
+        if UFFD not in fds or STATE not in fds:
+            raise InvariantError(
+                f"the store kept {sorted(fds)} of it; the userfaultfd and the state are needed"
+            )
+        state = StateMemory(fds[STATE].fileno(), os.fstat(fds[STATE].fileno()).st_size)
+        record = SessionRecord.decode(state.descriptor)
+        entry = self._enter(record.spec, record.image, record.socket_path)
+        try:
+            entry.session.adopt(Attachment.from_store(record, fds), state)
+        except BaseException:
+            del self._entries[id]
+            raise
+        fds[STATE].take()
+        entry.serving = asyncio.ensure_future(self._serve(entry))
 
     def listen_by_default(self, path: str) -> None:
         """Take VMMs at a socket that no `prepare` gave out. Raises ConfigError, MigrationError."""
@@ -213,6 +286,7 @@ class Manager:
             self._factory,
             changed=lambda: entry.changed(),  # noqa: PLW0108 - the entry is made behind it
             silent_after_s=self._config.silent_after_s,
+            store=self._store,
         )
         entry = Entry(session, path)
         self._entries.pop(spec.id, None)
@@ -241,7 +315,7 @@ class Manager:
     async def _take(self, entry: Entry, handoff: Handoff) -> None:
         """Give a hand-off to its session; a refusal leaves the session waiting for a better one."""
         try:
-            entry.session.take(handoff)
+            await entry.session.take(handoff, entry.socket_path)
         except PostcopyError as error:
             self._count_handoff_error(error.code)
             raise
@@ -251,6 +325,8 @@ class Manager:
                 Code.MEMORY_SHORT, f"no memory or descriptor for the ledger of a hand-off: {error.strerror}"
             ) from error
         entry.serving = asyncio.ensure_future(self._serve(entry))
+        self._prepared.remove(entry.session.spec.id)
+        crash_point("handoff.before_ack")
         try:
             await handoff.acknowledge()
         except HandoffError as error:

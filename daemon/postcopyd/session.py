@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 import msgspec
 import structlog
 
+from .attachment import STATE, Attachment, SessionRecord
+from .crash import crash_point
 from .demux import Demultiplexer
 from .errors import Code, HandoffError, KernelError, MigrationError, PostcopyError, SourceError
 from .fetcher import Fetcher
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .handoff.offer import Handoff
+    from .store import DescriptorStore
     from .transport import ImageInfo, TransportFactory
 
 log = structlog.get_logger(__name__)
@@ -40,11 +43,21 @@ GONE_PROBES = 100
 class Memory:
     """What exists from the hand-off to the end."""
 
-    handoff: Handoff
+    vmm: Attachment
     state: StateMemory
     pager: Pager
-    page_size: int
-    memory_bytes: int
+
+    @property
+    def record(self) -> SessionRecord:
+        return self.vmm.record
+
+    @property
+    def uffd(self) -> int:
+        return self.vmm.uffd.fileno()
+
+    def descriptors(self) -> dict[str, int]:
+        """What must outlive the process, by kind."""
+        return {**self.vmm.descriptors(), STATE: self.state.fd}
 
 
 class Session:
@@ -63,12 +76,14 @@ class Session:
         *,
         changed: Callable[[], None],
         silent_after_s: float,
+        store: DescriptorStore,
     ) -> None:
         self.spec = spec
         self.image = image
         self._factory = factory
         self._changed = changed
         self._silent_after_s = silent_after_s
+        self._store = store
         self._log = log.bind(migration=spec.id)
         self._state = State.PREPARED
         self._limits = spec.limits
@@ -83,7 +98,7 @@ class Session:
         self._reconnects = 0
         self._memory_short = False
         self._source_released = False
-        self._started = self._ended = time.monotonic()
+        self._began = self._ended = time.monotonic()
         self._cancelling = False
         self._last_stats: PagerStats | None = None
         self._last_blocktime: tuple[ThreadBlocktime, ...] = ()
@@ -94,15 +109,17 @@ class Session:
 
     # -- hand-off
 
-    def take(self, handoff: Handoff) -> None:
-        """Take over a VMM's memory: check it against the image and against the kernel, make the ledger.
+    async def take(self, handoff: Handoff, socket_path: str) -> None:
+        """Take over a VMM's memory: check it against the image and the kernel, make the ledger, have all of it kept.
 
-        On success the session owns `handoff`. The caller acknowledges it and then awaits `serve`.
+        On return the descriptors are the session's and the store holds them: the caller acknowledges and then
+        awaits `serve`.
 
         Raises:
-            HandoffError: BUSY, BEYOND_IMAGE or NOT_REGISTERED; `handoff` stays the caller's.
+            HandoffError: BUSY, BEYOND_IMAGE, NOT_REGISTERED or STORE_FULL; KernelError: the store does not answer;
+                OSError: no memory or descriptor. `handoff` stays the caller's then.
         """
-        if self._state is not State.PREPARED:
+        if self._state is not State.PREPARED or self._memory is not None:
             raise HandoffError(
                 Code.HANDOFF_BUSY, f"migration {self.spec.id!r} has a VMM already; prepare one for each VMM"
             )
@@ -114,25 +131,57 @@ class Session:
                     Code.HANDOFF_NOT_REGISTERED,
                     f"the region of {region} is not registered with the userfaultfd that came with it",
                 )
-        pages = sum(region.size_bytes // region.page_size for region in handoff.regions)
-        state = StateMemory.fresh(self.spec.id, pages)
-        self._memory = Memory(
-            handoff,
-            state,
-            Pager.create(state, handoff.regions, uffd),
-            page_size=min(region.page_size for region in handoff.regions),
-            memory_bytes=sum(region.size_bytes for region in handoff.regions),
+        record = SessionRecord(
+            spec=self.spec,
+            image=self.image,
+            socket_path=socket_path,
+            format_name=handoff.format_name,
+            regions=handoff.regions,
+            vmm_pid=handoff.vmm_pid,
+            socket_is_liveness=handoff.socket_is_liveness,
+            began_at=time.time(),
         )
-        self._started = time.monotonic()
+        state = StateMemory.fresh(self.spec.id, record.pages)
+        state.descriptor = record.encode()
+        memory = Memory(
+            Attachment.from_handoff(record, handoff), state, Pager.create(state, handoff.regions, uffd)
+        )
+        crash_point("handoff.before_store")
+        self._memory = memory
+        try:
+            await self._store.put(self.spec.id, memory.descriptors())
+        except BaseException:
+            self._memory = None
+            await self._unstore(memory)
+            memory.pager.close()
+            state.close()
+            raise
+        self._begin(memory, "handoff.accepted")
+
+    def adopt(self, vmm: Attachment, state: StateMemory) -> None:
+        """Go on with a session of an earlier process. Raises InvariantError: its state memory is unusable."""
+        memory = Memory(vmm, state, Pager.adopt(state, vmm.uffd.fileno()))
+        self._memory = memory
+        crash_point("adopt.woken")
+        self._begin(memory, "session.adopted")
+
+    def _begin(self, memory: Memory, event: str) -> None:
+        record = memory.record
+        self._began = time.monotonic() - max(0.0, time.time() - record.began_at)
         self._enter(State.CONNECTED)
         self._log.info(
-            "handoff.accepted",
-            format=handoff.format_name,
-            vmm_pid=handoff.vmm_pid,
-            regions=len(handoff.regions),
-            memory_bytes=self._memory.memory_bytes,
-            page_size=self._memory.page_size,
+            event,
+            format=record.format_name,
+            vmm_pid=record.vmm_pid,
+            regions=len(record.regions),
+            memory_bytes=record.memory_bytes,
         )
+
+    async def _unstore(self, memory: Memory) -> None:
+        try:
+            await self._store.remove(self.spec.id, memory.descriptors())
+        except KernelError as error:
+            self._log.error("store.not_emptied", code=error.code, error=str(error))
 
     # -- serving
 
@@ -141,14 +190,14 @@ class Session:
         memory = self._memory
         assert memory is not None
         self._end = asyncio.get_running_loop().create_future()
-        self._demux = Demultiplexer(memory.pager, memory.handoff.uffd.fileno(), self)
+        self._demux = Demultiplexer(memory.pager, memory.uffd, self)
         self._fetcher = Fetcher(
             memory.pager,
             self.image,
             self.spec.sources,
             self._factory,
             self,
-            run_align=max(region.page_size for region in memory.handoff.regions),
+            run_align=max(region.page_size for region in memory.record.regions),
             limits=self._limits,
             silent_after_s=self._silent_after_s,
         )
@@ -166,7 +215,8 @@ class Session:
         finally:
             installer.close()
             self._demux.stop()
-            self._close(self._end.result() if self._end.done() else None)
+            if self._end.done():
+                await self._close(memory, self._end.result())
 
     async def _until_settled(self) -> State:
         """Wait for the end; a completion counts only if nothing new came with a last drain."""
@@ -197,37 +247,17 @@ class Session:
     async def _watch_vmm(self) -> None:
         """Wait for the process that handed over to end, then for its address space to be gone."""
         assert self._memory is not None
-        handoff = self._memory.handoff
-        await self._peer_gone(handoff)
+        memory = self._memory
+        await memory.vmm.wait_gone()
         # Who handed over may have been a helper of the VMM: only the kernel knows whether the memory is gone.
         for _ in range(GONE_PROBES):
             try:
-                probe_registered(handoff.uffd.fileno(), handoff.regions[0])
+                probe_registered(memory.uffd, memory.record.regions[0])
             except KernelError:
                 self.on_vmm_gone()
                 return
             await asyncio.sleep(GONE_PROBE_S)
         self._log.warning("vmm.peer_gone", detail="its memory lives on in another process; serving it")
-
-    async def _peer_gone(self, handoff: Handoff) -> None:
-        """Return when the process that handed over has ended, as far as that can be known."""
-        if handoff.pidfd is not None:
-            gone = asyncio.Event()
-            loop = asyncio.get_running_loop()
-            loop.add_reader(handoff.pidfd.fileno(), gone.set)
-            try:
-                await gone.wait()
-            finally:
-                loop.remove_reader(handoff.pidfd.fileno())
-            return
-        try:
-            while (event := await handoff.receive_event()) is not None:
-                # Its pages have no place in the ledger, so it gets no acknowledgement.
-                self._log.error("handoff.region_refused", region=str(event.region))
-        except HandoffError as error:
-            self._log.warning("handoff.unexpected", code=error.code, error=str(error))
-        if not handoff.socket_is_liveness:
-            await asyncio.Event().wait()
 
     # -- what the demultiplexer reports
 
@@ -314,7 +344,7 @@ class Session:
             self._error = MigrationError(Code.MIGRATION_CANCELLED, "cancelled before a VMM connected")
             self._enter(State.CANCELLED)
             return
-        pidfd = self._memory.handoff.pidfd
+        pidfd = self._memory.vmm.pidfd
         if not force or pidfd is None:
             why = "its VMM's process is not known, end it by hand" if force else "use --force to end its VMM"
             raise MigrationError(
@@ -335,22 +365,21 @@ class Session:
             self._error = error
             self._end.set_result(state)
 
-    def _close(self, end: State | None) -> None:
-        """Let the memory go. Without an end (we are being stopped) the descriptors stay open to the last."""
-        memory = self._memory
-        assert memory is not None
-        if end is None:
-            return
+    async def _close(self, memory: Memory, end: State) -> None:
+        """Let the memory go. Never called without an end: then the descriptors stay open to the last."""
         if end is State.COMPLETE:
+            crash_point("complete.before_release")
             try:
                 memory.pager.release()
             except KernelError as error:
                 self._log.warning("kernel.refused", code=error.code, error=str(error))
+            crash_point("complete.released")
         self._last_stats = memory.pager.stats()
         self._last_blocktime = memory.pager.blocktime()
         self._ended = time.monotonic()
+        await self._unstore(memory)
         memory.pager.close()
-        memory.handoff.close()
+        memory.vmm.close()
         memory.state.close()
         self._enter(end)
         self._log.info("migration.ended", state=end, error=str(self._error or ""))
@@ -394,7 +423,7 @@ class Session:
             stats,
             self._last_blocktime if self._last_stats else memory.pager.blocktime(),
             memory,
-            until - self._started,
+            until - self._began,
         )
 
 
@@ -407,10 +436,10 @@ def _with_stats(
 ) -> MigrationStatus:
     return msgspec.structs.replace(
         status,
-        vmm_pid=memory.handoff.vmm_pid,
-        handoff_format=memory.handoff.format_name,
-        page_size=memory.page_size,
-        memory_bytes=memory.memory_bytes,
+        vmm_pid=memory.record.vmm_pid,
+        handoff_format=memory.record.format_name,
+        page_size=min(region.page_size for region in memory.record.regions),
+        memory_bytes=memory.record.memory_bytes,
         pages_total=stats.pages,
         pages_installed=stats.present + stats.zero,
         pages_demand=stats.demand,

@@ -88,8 +88,9 @@ class Module:
 MODULES = (
     Module(
         "core",
-        headers=("stdbool.h", "pager.h"),
+        headers=("stdbool.h", "crash.h", "pager.h"),
         sources=(
+            "crash.c",
             "ledger.c",
             "extents.c",
             "state.c",

@@ -61,6 +61,8 @@ class Lib(Protocol):
     def pager_poison_waiters(self, pager: CData) -> int: ...
     def pager_get_stats(self, pager: CData, stats: CData) -> None: ...
 
+    def crash_arm(self, name: bytes, nth: int) -> None: ...
+
 
 class Ffi(Protocol):
     NULL: CData
@@ -80,3 +82,8 @@ lib = cast("Lib", _core.lib)
 def address_of_feed() -> int:
     """Address of pager_feed, for transports that call it from C."""
     return int(ffi.cast("uintptr_t", ffi.addressof(_core.lib, "pager_feed")))
+
+
+def arm_crash(name: str, nth: int) -> None:
+    """Arm a crash point of the C (daemon/native/crash.h)."""
+    lib.crash_arm(name.encode(), nth)

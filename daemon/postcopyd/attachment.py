@@ -1,0 +1,136 @@
+"""A VMM that is attached: its descriptors, and what must be known of it to serve it, also after a restart."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+import structlog
+
+from .errors import Code, HandoffError, InvariantError
+from .handoff.channel import receive_chunk
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from .handoff.descriptors import OwnedFd
+    from .handoff.offer import Handoff
+    from .handoff.regions import MemoryRegion
+    from .status import MigrationSpec
+    from .transport import ImageInfo
+
+log = structlog.get_logger(__name__)
+
+UFFD = "uffd"
+STATE = "state"
+SOCKET = "socket"
+PIDFD = "pidfd"
+
+
+class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """The session descriptor in state memory (JSON). Fields are only added; unknown ones are ignored.
+
+    began_at: seconds since the epoch, as a monotonic clock does not outlive the process.
+    """
+
+    version: Literal[1] = 1
+    spec: MigrationSpec
+    image: ImageInfo
+    socket_path: str
+    format_name: str
+    regions: tuple[MemoryRegion, ...]
+    vmm_pid: int
+    socket_is_liveness: bool
+    began_at: float
+
+    @property
+    def memory_bytes(self) -> int:
+        return sum(region.size_bytes for region in self.regions)
+
+    @property
+    def pages(self) -> int:
+        return sum(region.size_bytes // region.page_size for region in self.regions)
+
+    def encode(self) -> bytes:
+        return msgspec.json.encode(self)
+
+    @classmethod
+    def decode(cls, text: bytes) -> SessionRecord:
+        """Raises InvariantError: not a record of a version that this release knows."""
+        try:
+            return msgspec.json.decode(text, type=cls)
+        except msgspec.DecodeError as error:
+            raise InvariantError(f"the session record in state memory cannot be read: {error}") from error
+
+
+@dataclass
+class Attachment:
+    """Owns the descriptors of one VMM until `close`.
+
+    sock: None if the VMM closed it, or it was not kept. pidfd: None if the kernel could not say who connected.
+    """
+
+    record: SessionRecord
+    uffd: OwnedFd
+    sock: socket.socket | None
+    pidfd: OwnedFd | None
+
+    @classmethod
+    def from_handoff(cls, record: SessionRecord, handoff: Handoff) -> Attachment:
+        """Share the hand-off's descriptors: `handoff` must not be closed any more."""
+        return cls(record, handoff.uffd, handoff.sock, handoff.pidfd)
+
+    @classmethod
+    def from_store(cls, record: SessionRecord, fds: Mapping[str, OwnedFd]) -> Attachment:
+        sock = None
+        if SOCKET in fds:
+            sock = socket.socket(fileno=fds[SOCKET].take())
+            sock.setblocking(False)
+        return cls(record, fds[UFFD], sock, fds.get(PIDFD))
+
+    def descriptors(self) -> dict[str, int]:
+        """What a store must hold, by kind; the state memory is not ours."""
+        held = {UFFD: self.uffd.fileno()}
+        if self.sock is not None:
+            held[SOCKET] = self.sock.fileno()
+        if self.pidfd is not None:
+            held[PIDFD] = self.pidfd.fileno()
+        return held
+
+    async def wait_gone(self) -> None:
+        """Return when the process that handed over has ended, as far as that can be known; else never."""
+        if self.pidfd is not None:
+            await _readable(self.pidfd.fileno())
+            return
+        if self.sock is not None and self.record.socket_is_liveness:
+            try:
+                while (chunk := await receive_chunk(self.sock)).data:
+                    for descriptor in chunk.descriptors:
+                        descriptor.close()
+                    log.warning("handoff.unexpected", len_bytes=len(chunk.data), pid=self.record.vmm_pid)
+            except HandoffError as error:
+                if error.code is not Code.VMM_GONE:
+                    log.warning("handoff.unexpected", code=error.code, error=error.message)
+            return
+        await asyncio.Event().wait()
+
+    def close(self) -> None:
+        """Close all; idempotent. Only after the memory is unregistered, or gone."""
+        if self.sock is not None:
+            self.sock.close()
+        self.uffd.close()
+        if self.pidfd is not None:
+            self.pidfd.close()
+
+
+async def _readable(fd: int) -> None:
+    readable = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_reader(fd, readable.set)
+    try:
+        await readable.wait()
+    finally:
+        loop.remove_reader(fd)
