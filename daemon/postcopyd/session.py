@@ -142,10 +142,9 @@ class Session:
             began_at=time.time(),
         )
         state = StateMemory.fresh(self.spec.id, record.pages)
+        pager = Pager.create(state, handoff.regions, uffd)
         state.descriptor = record.encode()
-        memory = Memory(
-            Attachment.from_handoff(record, handoff), state, Pager.create(state, handoff.regions, uffd)
-        )
+        memory = Memory(Attachment.from_handoff(record, handoff), state, pager)
         crash_point("handoff.before_store")
         self._memory = memory
         try:
