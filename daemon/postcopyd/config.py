@@ -102,9 +102,12 @@ class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     store_max: Annotated[
         int,
         Meta(
-            ge=0, le=1 << 20, description="FileDescriptorStoreMax of the unit: what the manager keeps for us."
+            ge=0,
+            le=1 << 20,
+            description="Descriptors that the service manager keeps for us: FileDescriptorStoreMax of the unit. "
+            "0: none, unless it says so itself ($FDSTORE).",
         ),
-    ] = 4096
+    ] = 0
     limits: LimitsConfig = LimitsConfig()
     tls: TlsConfig = TlsConfig()
 

@@ -36,7 +36,7 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_streams: int = 64
     read_threads: int = 4
     keep: bool = False
-    transport: Transport = "grpcio"
+    transport: Transport = "native"
     tls: TlsFiles | None = None
 
     @property
