@@ -86,7 +86,7 @@ void vmm_start(struct vmm *vm);
 
 /*
  * Take every vCPU out of the guest at an instruction boundary, also one that waits for a userfaultfd page: KVM's
- * faults are interruptible since Linux 6.2 ("KVM: x86: Use the interruptible mode in kvm_mmu_faultin_pfn"); before,
+ * faults are interruptible since Linux 6.2 ("kvm: x86: Allow to respond to generic signals during slow PF"); before,
  * such a vCPU parks when its page comes.
  * Returns the number of vCPUs still running after timeout_ms; they park by themselves later.
  */

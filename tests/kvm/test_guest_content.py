@@ -53,7 +53,9 @@ def test_fill_writes_what_the_documentation_says(seed: int) -> None:
 
 
 @pytest.mark.parametrize("order", list(Order))
-@pytest.mark.parametrize(("pages", "vcpus"), [(1, 1), (2, 1), (3, 2), (5, 5), (257, 1), (1000, 3), (1000, 64)])
+@pytest.mark.parametrize(
+    ("pages", "vcpus"), [(1, 1), (2, 1), (3, 2), (5, 5), (257, 1), (1000, 3), (1000, 64)]
+)
 def test_every_counter_page_is_visited_exactly_once_a_pass(
     guest: GuestKind, order: Order, pages: int, vcpus: int
 ) -> None:
