@@ -132,11 +132,20 @@ bool extents_unmap(struct extents *extents, uint64_t hva, uint64_t len_bytes)
 	return true;
 }
 
+static bool any_in(const struct extents *extents, uint64_t hva, uint64_t len_bytes)
+{
+	const struct extent *e = extents_from(extents, hva);
+
+	return e && e->hva < hva + len_bytes;
+}
+
 bool extents_remap(struct extents *extents, uint64_t from, uint64_t to, uint64_t len_bytes)
 {
 	const struct extent_table *old = current(extents);
 	struct extent_table *new = spare(extents);
 
+	if (!any_in(extents, from, len_bytes))
+		return true;
 	new->count = 0;
 	for (uint32_t i = 0; i < old->count; i++) {
 		struct extent below = clip(old->entry[i], 0, from);

@@ -51,7 +51,8 @@ bool extents_add(struct extents *extents, struct extent extent);
 /* Forget [hva, hva + len). False if splitting would need more entries than there are: nothing changed. */
 bool extents_unmap(struct extents *extents, uint64_t hva, uint64_t len_bytes);
 
-/* Pages of [from, from + len) are at `to` now; what was there is forgotten. False as above. */
+/* Pages of [from, from + len) are at `to` now; what was there is forgotten. With nothing at `from` nothing changes, so that
+ * doing it again, as after a crash, is harmless. False as above. */
 bool extents_remap(struct extents *extents, uint64_t from, uint64_t to, uint64_t len_bytes);
 
 static inline uint64_t extent_page(const struct extent *e, uint64_t hva)

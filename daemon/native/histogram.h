@@ -18,7 +18,8 @@ void histogram_add(struct histogram *histogram, uint64_t ns);
 /* The least duration that at least `share` (0..1) of all do not exceed: upper edge of its bucket, at most max_ns. */
 uint64_t histogram_quantile_ns(const struct histogram *histogram, double share);
 
-/* counts[i] = durations in [2^i, 2^(i+1)) µs for i < n - 1; the first also holds those below, the last all above. */
+/* counts[i] = durations in [2^i, 2^(i+1)) µs for i < n - 1; the first also holds those below, the last all above. Edges
+ * are right to a bucket, 6 %. */
 void histogram_log2_us(const struct histogram *histogram, uint64_t *counts, unsigned n);
 
 #endif

@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 /* Bounds one call, so that a storm of faults cannot hold the event loop. */
 #define DRAIN_ROUNDS 8
@@ -17,35 +18,9 @@ uint64_t pager_now_ns(void)
 	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
-static uint64_t align(uint64_t value)
-{
-	return (value + 4095) & ~(uint64_t)4095;
-}
-
-/* Offsets of a fresh layout; the total in header.total_bytes. */
-static struct state_header layout(uint64_t pages)
-{
-	struct state_header h = {
-		.magic = STATE_MAGIC,
-		.version = STATE_VERSION,
-		.header_bytes = sizeof(struct state_header),
-		.pages = pages,
-		.descriptor_capacity = STATE_DESCRIPTOR_BYTES,
-		.inbox_slots = STATE_INBOX_SLOTS,
-	};
-
-	h.descriptor_offset = align(sizeof(h));
-	h.regions_offset = align(h.descriptor_offset + STATE_DESCRIPTOR_BYTES);
-	h.inbox_offset = align(h.regions_offset + STATE_REGIONS_MAX * sizeof(struct region));
-	h.extents_offset = align(h.inbox_offset + STATE_INBOX_SLOTS * sizeof(struct uffd_msg));
-	h.words_offset = align(h.extents_offset + sizeof(struct extents));
-	h.total_bytes = align(h.words_offset + ledger_bytes(pages));
-	return h;
-}
-
 uint64_t pager_state_bytes(uint64_t pages)
 {
-	return layout(pages).total_bytes;
+	return state_layout(pages).total_bytes;
 }
 
 static struct pager *attach(void *state, int uffd, const struct uffd_edge *edge)
@@ -76,29 +51,28 @@ static struct pager *attach(void *state, int uffd, const struct uffd_edge *edge)
 struct pager *pager_create(void *state, uint64_t len_bytes, const struct region *regions, uint32_t count, int uffd,
 			   const struct uffd_edge *edge)
 {
-	struct state_header *h = state;
-	uint64_t pages = 0;
+	struct state_header *h = state, fresh;
+	struct region *table;
+	uint64_t pages;
 	struct pager *p;
 
-	if (count == 0 || count > STATE_REGIONS_MAX)
+	if (count == 0 || count > STATE_REGIONS_MAX || len_bytes < pager_state_bytes(0))
 		return NULL;
-	for (uint32_t i = 0; i < count; i++)
-		pages += regions[i].len_bytes >> regions[i].page_shift;
-	if (len_bytes < pager_state_bytes(pages))
+	/* Where the regions go does not depend on how many pages they have. */
+	fresh = state_layout(0);
+	table = (struct region *)((char *)state + fresh.regions_offset);
+	memcpy(table, regions, count * sizeof(*regions));
+	pages = state_number_pages(table, count);
+	if (pages == 0 || pages > len_bytes * 4 || len_bytes < pager_state_bytes(pages))
 		return NULL;
-	*h = layout(pages);
-	h->magic = 0; /* until the rest is there */
-	h->regions = count;
+	fresh = state_layout(pages);
+	fresh.magic = 0; /* until the rest is there */
+	fresh.regions = count;
+	*h = fresh;
 	p = attach(state, uffd, edge);
 	if (!p)
 		return NULL;
-	pages = 0;
-	for (uint32_t i = 0; i < count; i++) {
-		struct region *r = &p->region[i];
-
-		*r = regions[i];
-		r->first_page = pages;
-		pages += r->len_bytes >> r->page_shift;
+	for (const struct region *r = table; r < table + count; r++) {
 		if (!extents_add(p->extents, (struct extent){ r->hva, r->len_bytes, r->first_page, r->page_shift, 0 })) {
 			pager_destroy(p);
 			return NULL;
@@ -108,57 +82,23 @@ struct pager *pager_create(void *state, uint64_t len_bytes, const struct region 
 	return p;
 }
 
-static bool layout_is_known(const struct state_header *h, uint64_t len_bytes)
+static void wake_everything(struct pager *p)
 {
-	struct state_header ours;
-
-	if (len_bytes < sizeof(*h) || h->magic != STATE_MAGIC || h->version != STATE_VERSION)
-		return false;
-	if (h->pages > len_bytes * 4)
-		return false;
-	ours = layout(h->pages);
-	return h->header_bytes == ours.header_bytes && h->total_bytes == ours.total_bytes && len_bytes >= ours.total_bytes &&
-	       h->descriptor_offset == ours.descriptor_offset && h->descriptor_len <= STATE_DESCRIPTOR_BYTES &&
-	       h->regions_offset == ours.regions_offset && h->regions <= STATE_REGIONS_MAX &&
-	       h->inbox_offset == ours.inbox_offset && h->inbox_slots == ours.inbox_slots &&
-	       h->extents_offset == ours.extents_offset && h->words_offset == ours.words_offset;
-}
-
-static bool maps_are_sound(const struct pager *p)
-{
-	const struct extent *end = extents_end(p->extents), *before = NULL;
-
-	if (p->extents->table[p->extents->current & 1].count > EXTENTS_MAX)
-		return false;
-	for (const struct extent *e = p->extents->table[p->extents->current & 1].entry; e < end; before = e++) {
-		if (e->page_shift < 12 || e->page_shift > 30 || extent_end_page(e) > p->state->pages)
-			return false;
-		if (before && before->hva + before->len_bytes > e->hva)
-			return false;
-	}
-	for (uint32_t i = 0; i < p->state->regions; i++)
-		if (p->region[i].page_shift < 12 || p->region[i].page_shift > 30 ||
-		    region_end_page(&p->region[i]) > p->state->pages)
-			return false;
-	return true;
+	for (const struct extent *e = extents_from(p->extents, 0); e && e < extents_end(p->extents); e++)
+		p->edge->wake(p->uffd, e->hva, e->len_bytes);
 }
 
 struct pager *pager_adopt(void *state, uint64_t len_bytes, int uffd, const struct uffd_edge *edge)
 {
 	struct pager *p;
 
-	if (!layout_is_known(state, len_bytes))
+	if (!state_is_sound(state, len_bytes))
 		return NULL;
 	p = attach(state, uffd, edge);
 	if (!p)
 		return NULL;
-	if (!maps_are_sound(p)) {
-		pager_destroy(p);
-		return NULL;
-	}
 	ledger_apply_range(&p->ledger, PAGE_LOST, 0, p->ledger.pages);
-	for (const struct extent *e = extents_from(p->extents, 0); e && e < extents_end(p->extents); e++)
-		p->edge->wake(uffd, e->hva, e->len_bytes);
+	wake_everything(p);
 	p->map_changed = true; /* it may have, before our time */
 	p->inherited = true;
 	return p;
@@ -168,6 +108,8 @@ void pager_destroy(struct pager *p)
 {
 	if (!p)
 		return;
+	for (uint32_t i = 0; i < p->forks; i++)
+		close(p->fork[i]);
 	waiters_deinit(&p->waiters);
 	free(p);
 }
@@ -213,11 +155,21 @@ static void on_minor(struct pager *p, const struct extent *e, uint64_t page, uin
 		p->edge->wake(p->uffd, hva, len);
 		waiters_resolve(&p->waiters, page, 1, now_ns);
 		break;
+	case UFFD_NO_PAGE: /* removed since the message */
+		pager_zero_fill(p, page);
+		break;
+	case UFFD_AGAIN:
+	case UFFD_PART:
+		p->signals |= PAGER_STALLED;
+		break;
+	case UFFD_NO_MEMORY:
+		p->signals |= PAGER_STALLED | PAGER_SHORT;
+		break;
 	case UFFD_PROCESS_GONE:
 		p->signals |= PAGER_GONE;
 		break;
 	default:
-		p->signals |= PAGER_STALLED;
+		pager_fail(p, UFFD_OP_CONTINUE, r.error, hva, len);
 	}
 }
 
@@ -238,13 +190,17 @@ static void on_fault(struct pager *p, const struct uffd_msg *m, uint64_t now_ns)
 	}
 	page = extent_page(e, hva);
 	if (flags & UFFD_PAGEFAULT_FLAG_WP) {
-		/* Nobody here protects pages; a VMM that does and handed the descriptor over wants the write to go on. */
-		p->edge->unprotect(p->uffd, extent_hva(e, page), 1ull << e->page_shift);
+		/* Nobody here protects pages; a VMM that does and handed the descriptor over wants the write to go on.
+		 * Refused while the mapping changes: then its thread asks again. */
+		if (p->edge->unprotect(p->uffd, extent_hva(e, page), 1ull << e->page_shift))
+			p->edge->wake(p->uffd, extent_hva(e, page), 1ull << e->page_shift);
 		return;
 	}
 	if (!waiters_add(&p->waiters, page, m->arg.pagefault.feat.ptid, now_ns, &first)) {
-		/* No memory to note it; the room was checked before reading. Waking makes it ask again later. */
-		p->edge->wake(p->uffd, extent_hva(e, page), 1ull << e->page_shift);
+		/* Not noted, so owed without a name: pager_retry wakes everybody when there is room. Waking it now would
+		 * only bring the message back at once, ahead of the events that installs may be waiting for. */
+		p->overflowed = true;
+		p->signals |= PAGER_STALLED;
 		return;
 	}
 	switch (ledger_transition(PAGE_FAULTED, ledger_state(&p->ledger, page)).command) {
@@ -263,7 +219,8 @@ static void on_fault(struct pager *p, const struct uffd_msg *m, uint64_t now_ns)
 	}
 }
 
-/* Pages of [start, end) that are mapped become ZERO. */
+/* Pages that lie in [start, end) as a whole become ZERO. MADV_REMOVE of a part of a huge page announces just that part, but
+ * the page stays: hugetlbfs punches whole pages only. */
 static void forget(struct pager *p, uint64_t start, uint64_t end, bool unmapped)
 {
 	uint64_t now_ns = pager_now_ns();
@@ -271,10 +228,14 @@ static void forget(struct pager *p, uint64_t start, uint64_t end, bool unmapped)
 	for (const struct extent *e = extents_from(p->extents, start); e && e < extents_end(p->extents); e++) {
 		uint64_t from = e->hva > start ? e->hva : start;
 		uint64_t to = e->hva + e->len_bytes < end ? e->hva + e->len_bytes : end;
-		uint64_t first, count;
+		uint64_t first, count, in_page = (1ull << e->page_shift) - 1;
 
 		if (from >= to)
 			break;
+		from = (from + in_page) & ~in_page;
+		to &= ~in_page;
+		if (from >= to)
+			continue;
 		first = extent_page(e, from);
 		count = (to - from) >> e->page_shift;
 		p->counters->removed += count;
@@ -286,21 +247,54 @@ static void forget(struct pager *p, uint64_t start, uint64_t end, bool unmapped)
 	}
 }
 
+/* Whether [start, end) cuts a page: the kernel does not do that to memory of the page size that the VMM named. */
+static bool cuts_page(const struct pager *p, uint64_t start, uint64_t end)
+{
+	const struct extent *first = extents_at(p->extents, start), *last = extents_at(p->extents, end);
+
+	return (first && (start - first->hva) & ((1ull << first->page_shift) - 1)) ||
+	       (last && (end - last->hva) & ((1ull << last->page_shift) - 1));
+}
+
 static void on_unmap(struct pager *p, uint64_t start, uint64_t end)
 {
 	p->map_changed = true;
+	if (cuts_page(p, start, end)) {
+		pager_fail(p, UFFD_OPS, EINVAL, start, end - start);
+		return;
+	}
 	forget(p, start, end, true);
 	if (!extents_unmap(p->extents, start, end - start))
-		p->failure = (struct pager_failure){ UFFD_OPS, ENOSPC, start, end - start };
+		pager_fail(p, UFFD_OPS, ENOSPC, start, end - start);
 	p->edge->wake(p->uffd, start, end - start);
 }
 
 static void on_remap(struct pager *p, uint64_t from, uint64_t to, uint64_t len_bytes)
 {
 	p->map_changed = true;
+	if (cuts_page(p, from, from + len_bytes) || cuts_page(p, to, to + len_bytes)) {
+		pager_fail(p, UFFD_OPS, EINVAL, from, len_bytes);
+		return;
+	}
 	if (!extents_remap(p->extents, from, to, len_bytes))
-		p->failure = (struct pager_failure){ UFFD_OPS, ENOSPC, from, len_bytes };
+		pager_fail(p, UFFD_OPS, ENOSPC, from, len_bytes);
 	p->edge->wake(p->uffd, from, len_bytes);
+	/* A fault at the new place is delivered ahead of the event that explains it. */
+	p->edge->wake(p->uffd, to, len_bytes);
+}
+
+/* The kernel has put the child's userfaultfd into this process. A child that never touches guest memory (most call execve
+ * at once) needs nothing. One that does stands still as long as the descriptor is open; closing it would show it zeros, in
+ * shared memory even the parent. So it is kept, and a VMM that forks on and on is not served: it would use up our
+ * descriptors. Source: userfaultfd(2), UFFD_FEATURE_EVENT_FORK. */
+static void on_fork(struct pager *p, int child)
+{
+	if (p->forks < FORKS_MAX) {
+		p->fork[p->forks++] = child;
+		return;
+	}
+	close(child);
+	pager_fail(p, UFFD_OPS, EMFILE, 0, 0);
 }
 
 static void on_message(struct pager *p, const struct uffd_msg *m, uint64_t now_ns)
@@ -319,13 +313,15 @@ static void on_message(struct pager *p, const struct uffd_msg *m, uint64_t now_n
 	case UFFD_EVENT_REMAP:
 		on_remap(p, m->arg.remap.from, m->arg.remap.to, m->arg.remap.len);
 		break;
+	case UFFD_EVENT_FORK:
+		/* What another process read brought the descriptor to that process. */
+		if (!p->inherited)
+			on_fork(p, (int)m->arg.fork.ufd);
+		break;
 	default:
-		/* FORK brings a descriptor that the kernel put into this process; a VMM that forks with its memory
-		 * registered asked for the event and must handle the child itself. */
+		/* No other event exists that was asked for; one that is not known can be passed over. */
 		break;
 	}
-	if (p->failure.error)
-		p->signals |= PAGER_FAILED;
 }
 
 /* Act on the whole inbox; a slot is emptied after it was acted upon. */
@@ -361,16 +357,8 @@ unsigned pager_drain(struct pager *p)
 		p->inherited = false;
 	}
 	for (int round = 0; round < DRAIN_ROUNDS; round++) {
-		uint32_t room = waiters_room(&p->waiters);
-		ssize_t n;
+		ssize_t n = p->edge->read(p->uffd, p->inbox, STATE_INBOX_SLOTS * sizeof(p->inbox[0]));
 
-		if (room > STATE_INBOX_SLOTS)
-			room = STATE_INBOX_SLOTS;
-		if (room == 0) {
-			p->signals |= PAGER_STALLED;
-			break;
-		}
-		n = p->edge->read(p->uffd, p->inbox, room * sizeof(p->inbox[0]));
 		if (n > 0) {
 			work_inbox(p);
 			if (round == DRAIN_ROUNDS - 1)
@@ -378,8 +366,7 @@ unsigned pager_drain(struct pager *p)
 			continue;
 		}
 		if (n != -EAGAIN && n != -EINTR) {
-			p->failure = (struct pager_failure){ UFFD_OPS, (int32_t)(n ? -n : EPIPE), 0, 0 };
-			p->signals |= PAGER_FAILED;
+			pager_fail(p, UFFD_OPS, (int)(n ? -n : EPIPE), 0, 0);
 		}
 		break;
 	}
@@ -402,6 +389,7 @@ unsigned pager_retry(struct pager *p)
 	uint32_t at = 0;
 
 	while ((w = waiters_next(&p->waiters, &at))) {
+		uint32_t before = p->waiters.count;
 		uint64_t page = w->page;
 
 		switch (ledger_state(&p->ledger, page)) {
@@ -417,13 +405,25 @@ unsigned pager_retry(struct pager *p)
 			else
 				waiters_resolve(&p->waiters, page, 1, now_ns);
 		}
+		if (p->waiters.count < before)
+			at--;
+	}
+	if (p->overflowed) {
+		/* Not before half is free, or the same faults would only come and go. */
+		if (waiters_room(&p->waiters) >= WAITERS_MAX / 2) {
+			p->overflowed = false;
+			wake_everything(p);
+		} else {
+			p->signals |= PAGER_STALLED;
+		}
 	}
 	return pager_take_signals(p);
 }
 
 bool pager_is_complete(const struct pager *p)
 {
-	return p->ledger.count[PAGE_MISSING] == 0 && p->ledger.count[PAGE_REQUESTED] == 0 && p->waiters.count == 0;
+	return p->ledger.count[PAGE_MISSING] == 0 && p->ledger.count[PAGE_REQUESTED] == 0 && p->waiters.count == 0 &&
+	       !p->inherited && !p->overflowed;
 }
 
 int pager_release(struct pager *p)

@@ -26,6 +26,7 @@
 
 #define WANTED_SLOTS 4096u
 #define HOT_SPOTS 32u
+#define FORKS_MAX 16u
 
 /* What the caller has to do next: bits of the return value of drain, feed, retry, mark_zero. */
 enum pager_signal {
@@ -81,7 +82,10 @@ struct pager {
 	uint32_t bad_streak;
 	bool draining;
 	bool map_changed;
-	bool inherited; /* the inbox may hold messages that another process read */
+	bool inherited;	 /* the inbox may hold messages that another process read */
+	bool overflowed; /* threads wait that are in no table */
+	uint32_t forks;
+	int fork[FORKS_MAX]; /* userfaultfds of the VMM's children, ours to close */
 };
 
 /* Bytes of state memory for `pages` pages: a multiple of 4096. */
@@ -129,7 +133,7 @@ size_t pager_encode_bulk(struct pager *pager, uint64_t want_bytes, uint64_t run_
 /* The stream of a lane is gone: what it owed is MISSING again. Call pager_retry when there is another. */
 void pager_reset_lane(struct pager *pager, enum lane lane);
 
-/* True when nothing is owed: no page MISSING or REQUESTED, nobody waiting. */
+/* True when nothing is owed: no page MISSING or REQUESTED, nobody waiting, and what another process read worked off. */
 bool pager_is_complete(const struct pager *pager);
 
 /* UNREGISTER every extent: the kernel fills what is ZERO from now on. 0 or the last errno. */
@@ -148,6 +152,7 @@ void pager_settle_zero(struct pager *pager, uint64_t first, uint64_t count);
 void pager_install(struct pager *pager, enum lane lane, uint64_t first, uint64_t count, const uint8_t *data);
 void pager_want(struct pager *pager, uint64_t page);
 void pager_note_hot(struct pager *pager, uint64_t page);
+void pager_fail(struct pager *pager, enum uffd_op op, int error, uint64_t hva, uint64_t len_bytes);
 
 static inline uint64_t region_offset_of_page(const struct region *region, uint64_t page)
 {

@@ -34,7 +34,7 @@ static const void *zeros(uint64_t len_bytes)
 	return zero;
 }
 
-static void fail(struct pager *p, enum uffd_op op, int error, uint64_t hva, uint64_t len_bytes)
+void pager_fail(struct pager *p, enum uffd_op op, int error, uint64_t hva, uint64_t len_bytes)
 {
 	p->failure = (struct pager_failure){ op, error, hva, len_bytes };
 	p->signals |= PAGER_FAILED;
@@ -83,7 +83,7 @@ void pager_zero_fill(struct pager *p, uint64_t page)
 		p->signals |= PAGER_GONE;
 		return;
 	default:
-		fail(p, UFFD_OP_ZEROPAGE, r.error, hva, len);
+		pager_fail(p, UFFD_OP_ZEROPAGE, r.error, hva, len);
 		return;
 	}
 	waiters_resolve(&p->waiters, page, 1, pager_now_ns());
@@ -101,14 +101,14 @@ void pager_settle_zero(struct pager *p, uint64_t first, uint64_t count)
 				pager_zero_fill(p, i);
 		return;
 	}
-	while ((w = waiters_next(&p->waiters, &at)))
+	while ((w = waiters_next(&p->waiters, &at))) {
+		uint32_t before = p->waiters.count;
+
 		if (w->page - first < count && ledger_state(&p->ledger, w->page) == PAGE_ZERO)
 			pager_zero_fill(p, w->page);
-	/* Resolving moves entries: what a walk may have missed is found by the next one. */
-	at = 0;
-	while ((w = waiters_next(&p->waiters, &at)))
-		if (w->page - first < count && ledger_state(&p->ledger, w->page) == PAGE_ZERO)
-			p->signals |= PAGER_STALLED;
+		if (p->waiters.count < before)
+			at--;
+	}
 }
 
 static void arrived(struct pager *p, enum lane lane, uint64_t first, uint64_t count)
@@ -116,6 +116,14 @@ static void arrived(struct pager *p, enum lane lane, uint64_t first, uint64_t co
 	ledger_apply_range(&p->ledger, PAGE_ARRIVED, first, count);
 	p->counters->arrived[lane] += count;
 	waiters_resolve(&p->waiters, first, count, pager_now_ns());
+}
+
+/* It is not mapped any more: nobody can want it. */
+static void forget_page(struct pager *p, uint64_t page)
+{
+	ledger_apply(&p->ledger, PAGE_REMOVED, page);
+	p->counters->removed++;
+	waiters_resolve(&p->waiters, page, 1, pager_now_ns());
 }
 
 /* What cannot be installed now is asked for again later. */
@@ -158,9 +166,7 @@ static struct placement place(struct pager *p, enum lane lane, const struct exte
 			return (struct placement){ 0 };
 		}
 		p->edge->wake(p->uffd, hva, 1ull << e->page_shift);
-		ledger_apply(&p->ledger, PAGE_REMOVED, page);
-		p->counters->removed++;
-		waiters_resolve(&p->waiters, page, 1, pager_now_ns());
+		forget_page(p, page);
 		return (struct placement){ .pages = 1 };
 	case UFFD_NO_MEMORY:
 		p->signals |= PAGER_SHORT;
@@ -169,7 +175,7 @@ static struct placement place(struct pager *p, enum lane lane, const struct exte
 		p->signals |= PAGER_GONE;
 		return (struct placement){ .halt = true };
 	default:
-		fail(p, UFFD_OP_COPY, r.error, hva, len);
+		pager_fail(p, UFFD_OP_COPY, r.error, hva, len);
 		return (struct placement){ .halt = true };
 	}
 }
@@ -195,7 +201,7 @@ void pager_install(struct pager *p, enum lane lane, uint64_t first, uint64_t cou
 		}
 		e = extents_of_page(p->extents, page);
 		if (!e) {
-			ledger_apply(&p->ledger, PAGE_REMOVED, page++);
+			forget_page(p, page++);
 			continue;
 		}
 		if (run > extent_end_page(e) - page)
@@ -304,6 +310,9 @@ int pager_feed(void *context, const uint8_t *message, size_t len)
 				continue;
 			break;
 		case WIRE_END:
+			/* Answers free slots that wanted pages may have found taken. */
+			if (p->wanted_head != p->wanted_tail)
+				p->signals |= PAGER_SEND;
 			return (int)p->signals;
 		case WIRE_BAD:
 			p->counters->bad_replies++;
@@ -314,24 +323,33 @@ int pager_feed(void *context, const uint8_t *message, size_t len)
 	}
 }
 
+/* Pages of `region` that lie in [offset, offset + len) of the image as a whole: *count of them from the returned one. */
+static uint64_t whole_pages(const struct region *r, uint64_t offset, uint64_t len_bytes, uint64_t *count)
+{
+	uint64_t region_end = r->image_offset + r->len_bytes, page_mask = (1ull << r->page_shift) - 1, to, first, end;
+	uint64_t from = offset > r->image_offset ? offset : r->image_offset;
+
+	*count = 0;
+	if (__builtin_add_overflow(offset, len_bytes, &to) || to > region_end)
+		to = region_end;
+	if (from >= to)
+		return 0;
+	first = (from - r->image_offset + page_mask) >> r->page_shift;
+	end = (to - r->image_offset) >> r->page_shift;
+	if (first < end)
+		*count = end - first;
+	return r->first_page + first;
+}
+
 unsigned pager_mark_zero(struct pager *p, uint64_t offset, uint64_t len_bytes)
 {
 	for (uint32_t i = 0; i < p->state->regions; i++) {
-		const struct region *r = &p->region[i];
-		uint64_t from = offset > r->image_offset ? offset : r->image_offset;
-		uint64_t to = offset + len_bytes < r->image_offset + r->len_bytes ? offset + len_bytes
-										  : r->image_offset + r->len_bytes;
-		uint64_t first, end, page_mask = (1ull << r->page_shift) - 1;
+		uint64_t count, first = whole_pages(&p->region[i], offset, len_bytes, &count);
 
-		if (from >= to)
+		if (count == 0)
 			continue;
-		/* Only pages that are zero as a whole. */
-		first = r->first_page + ((from - r->image_offset + page_mask) >> r->page_shift);
-		end = r->first_page + ((to - r->image_offset) >> r->page_shift);
-		if (first >= end)
-			continue;
-		ledger_apply_range(&p->ledger, PAGE_IS_ZERO, first, end - first);
-		pager_settle_zero(p, first, end - first);
+		ledger_apply_range(&p->ledger, PAGE_IS_ZERO, first, count);
+		pager_settle_zero(p, first, count);
 	}
 	return p->signals;
 }
@@ -339,16 +357,12 @@ unsigned pager_mark_zero(struct pager *p, uint64_t offset, uint64_t len_bytes)
 void pager_mark_present(struct pager *p, uint64_t offset, uint64_t len_bytes)
 {
 	for (uint32_t i = 0; i < p->state->regions; i++) {
-		const struct region *r = &p->region[i];
-		uint64_t end_bytes = r->image_offset + r->len_bytes;
-		uint64_t from = offset > r->image_offset ? offset : r->image_offset;
-		uint64_t to = offset + len_bytes < end_bytes ? offset + len_bytes : end_bytes;
+		uint64_t count, first = whole_pages(&p->region[i], offset, len_bytes, &count);
 
-		if (from < to)
-			ledger_apply_range(&p->ledger, PAGE_ARRIVED,
-					   r->first_page + ((from - r->image_offset) >> r->page_shift),
-					   (to - from) >> r->page_shift);
+		ledger_apply_range(&p->ledger, PAGE_ARRIVED, first, count);
 	}
+	if (p->waiters.count)
+		p->signals |= PAGER_STALLED;
 }
 
 uint64_t pager_poison_waiters(struct pager *p)
@@ -360,6 +374,7 @@ uint64_t pager_poison_waiters(struct pager *p)
 	while ((w = waiters_next(&p->waiters, &at))) {
 		uint64_t page = w->page;
 		const struct extent *e = extents_of_page(p->extents, page);
+		uint32_t before = p->waiters.count;
 		uint64_t hva;
 
 		if (!e || ledger_state(&p->ledger, page) == PAGE_PRESENT)
@@ -371,7 +386,8 @@ uint64_t pager_poison_waiters(struct pager *p)
 		/* Nothing more is owed to it: whatever the source may say later, the guest has seen the error. */
 		ledger_apply(&p->ledger, PAGE_ARRIVED, page);
 		waiters_resolve(&p->waiters, page, 1, pager_now_ns());
-		at = 0;
+		if (p->waiters.count < before)
+			at--;
 	}
 	return poisoned;
 }

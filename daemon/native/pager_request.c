@@ -109,6 +109,8 @@ size_t pager_encode_bulk(struct pager *p, uint64_t want_bytes, uint64_t run_byte
 	size_t len = 0;
 
 	*claimed_bytes = 0;
+	if (p->inherited) /* what the dead process had read may say that pages are removed */
+		return 0;
 	if (run_bytes > p->max_range_bytes)
 		run_bytes = p->max_range_bytes;
 	while (*claimed_bytes < want_bytes && capacity - len >= WIRE_RANGE_MAX && p->ledger.count[PAGE_MISSING]) {
@@ -137,6 +139,7 @@ size_t pager_encode_bulk(struct pager *p, uint64_t want_bytes, uint64_t run_byte
 
 void pager_reset_lane(struct pager *p, enum lane lane)
 {
+	p->bad_streak = 0; /* the next stream begins without the blame of this one */
 	for (uint32_t i = 0; i < INFLIGHT_SLOTS; i++) {
 		struct request *r = &p->inflight.slot[i];
 

@@ -7,10 +7,12 @@
 #define POSTCOPY_STATE_H
 
 #include <linux/userfaultfd.h>
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "extents.h"
 #include "inflight.h"
+#include "ledger.h"
 
 #define STATE_MAGIC 0x3154415359504350ull /* "PCPYSAT1" */
 #define STATE_VERSION 1u
@@ -62,5 +64,15 @@ struct state_header {
 
 _Static_assert(sizeof(struct region) == 40, "region layout");
 _Static_assert(sizeof(struct state_header) == 88 + sizeof(struct counters), "state header layout");
+
+/* The header of fresh state memory for `pages` pages; its length is total_bytes. */
+struct state_header state_layout(uint64_t pages);
+
+/* Set first_page of each region and return how many pages there are; 0 if one is empty, unaligned or overflows. */
+uint64_t state_number_pages(struct region *regions, uint32_t count);
+
+/* Whether a pager can work on what another process left: of our layout, and every number in it such that no access goes
+ * astray. What the ledger's words say needs no check: any value of theirs is a state. */
+bool state_is_sound(const void *state, uint64_t len_bytes);
 
 #endif

@@ -151,6 +151,8 @@ int uffd_probe_registered(int fd, uint64_t start, uint64_t len_bytes)
 	case EFAULT:
 	case EEXIST:
 	case EAGAIN:
+	case ENOMEM: /* hugetlbfs looks for a free page, after the mapping and before the source */
+	case ENOSPC:
 		return 1;
 	case ENOENT:
 		return 0;

@@ -41,7 +41,7 @@ struct waiters {
 bool waiters_init(struct waiters *waiters);
 void waiters_deinit(struct waiters *waiters);
 
-/* How many more can be noted: read no more messages than that. */
+/* How many more can be noted. */
 uint32_t waiters_room(const struct waiters *waiters);
 
 /* Note a waiter; *first is set if the page had none. False if there is no room: nothing noted. */
@@ -52,8 +52,8 @@ bool waiters_has(const struct waiters *waiters, uint64_t page);
 /* The pages of [first, first + count) were answered: account and forget. Returns how many waiters that were. */
 uint32_t waiters_resolve(struct waiters *waiters, uint64_t first, uint64_t count, uint64_t now_ns);
 
-/* Next waiter at or behind slot *at, or NULL; *at moves behind it. Resolving in between may show an entry again or
- * hide one until the next walk; a walk is repeated as long as anyone waits. */
+/* Next waiter at or behind slot *at, or NULL; *at moves behind it. Resolving its page moves later entries forward: when it
+ * did, look at the slot again (--*at), so that none is passed over. */
 const struct waiter *waiters_next(const struct waiters *waiters, uint32_t *at);
 
 /* When the longest waiting began, or 0. */

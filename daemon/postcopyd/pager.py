@@ -186,8 +186,10 @@ class Pager:
 
     def close(self) -> None:
         """Free the pager, not the state; idempotent."""
-        lib.pager_destroy(self._pager)
-        self._pager = ffi.NULL
+        if self._pager is not None:
+            lib.pager_destroy(self._pager)
+        # Not NULL, which the C would follow: a call on a closed pager is a TypeError.
+        self._pager = None
 
     def drain(self) -> Signal:
         """Read and answer what the kernel has."""
