@@ -203,6 +203,21 @@ async def test_what_is_no_socket_is_never_removed(manager: FakeManager, tmp_path
     assert path.read_text() == "data"
 
 
+async def test_a_path_that_cannot_be_bound_is_a_configuration_error(
+    manager: FakeManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: str, mode: int) -> None:
+        raise PermissionError(1, "Operation not permitted", path)
+
+    path = str(tmp_path / "c.sock")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "chmod", refused)
+        with pytest.raises(ConfigError, match="no socket can be made"):
+            await ControlServer(manager, path).start()
+    async with ControlServer(manager, path), ControlClient(path) as client:
+        assert await client.list() == [], "the failed server let go of its socket"
+
+
 async def test_only_owner_and_group_may_connect(server: ControlServer) -> None:
     assert stat.S_IMODE(os.stat(server.path).st_mode) == 0o660
 

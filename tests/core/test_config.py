@@ -173,14 +173,10 @@ def test_a_socket_path_must_fit_the_kernels_address() -> None:
 
 def test_logs_are_one_json_object_a_line() -> None:
     out = io.StringIO()
-    try:
-        log.configure("info", out)
-        structlog.get_logger("x").info("session.began", pages=3)
-        structlog.get_logger("x").debug("session.detail")
-        logging.getLogger("grpc").error("broken %s", "pipe")
-    finally:
-        structlog.reset_defaults()
-        logging.basicConfig(force=True)
+    log.configure("info", out)
+    structlog.get_logger("x").info("session.began", pages=3)
+    structlog.get_logger("x").debug("session.detail")
+    logging.getLogger("grpc").error("broken %s", "pipe")
     ours, theirs = (json.loads(line) for line in out.getvalue().splitlines())
     assert (ours["event"], ours["pages"], ours["level"]) == ("session.began", 3, "info")
     assert ours["timestamp"].endswith("Z")

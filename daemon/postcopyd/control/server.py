@@ -66,16 +66,18 @@ class ControlServer:
         control_pb2_grpc.add_ControlServicer_to_server(self._service, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-        await self.set_serving(False)
+        # From here on `close` has something to do, also when the rest fails.
+        self._server = server
         try:
+            await self.set_serving(False)
             server.add_insecure_port(address_of(self.path))
             os.chmod(self.path, SOCKET_MODE)
+            await server.start()
         except (RuntimeError, OSError) as error:
+            await self.close()
             raise ConfigError(
                 Code.CONFIG_INVALID, f"no socket can be made at {self.path}: {error}"
             ) from error
-        await server.start()
-        self._server = server
         log.info("control.listening", path=self.path)
 
     async def set_serving(self, serving: bool) -> None:
