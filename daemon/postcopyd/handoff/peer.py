@@ -43,7 +43,7 @@ def open_pidfd(sock: socket.socket, peer: Peer) -> OwnedFd | None:
     try:
         return OwnedFd(sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD))
     except OSError as error:
-        if error.errno != errno.ENOPROTOOPT or peer.pid == 0:
+        if error.errno != errno.ENOPROTOOPT:
             log.info("peer.no_pidfd", pid=peer.pid, errno=errno.errorcode.get(error.errno or 0))
             return None
     try:

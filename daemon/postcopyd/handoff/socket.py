@@ -59,8 +59,6 @@ class HandoffListener:
         self._served = served
         self._sock: socket.socket | None = None
         self._inode: tuple[int, int] | None = None
-        # Accepted, but its task has not begun: a task that is cancelled before it begins closes nothing.
-        self._accepted: set[socket.socket] = set()
 
     def open(self) -> None:
         """Bind and listen. A socket file that nobody listens on is left from a crash and is replaced.
@@ -102,16 +100,11 @@ class HandoffListener:
         """
         assert self._sock is not None, "open() comes first"
         slots = asyncio.Semaphore(MAX_RECEIVING)
-        try:
-            async with asyncio.TaskGroup() as group:
-                while True:
-                    await slots.acquire()
-                    sock = await _accept(self._sock)
-                    self._accepted.add(sock)
-                    group.create_task(self._handle(sock, slots, on_handoff, on_failure))
-        finally:
-            while self._accepted:
-                self._accepted.pop().close()
+        async with asyncio.TaskGroup() as group:
+            while True:
+                await slots.acquire()
+                sock = await _accept(self._sock)
+                group.create_task(self._handle(sock, slots, on_handoff, on_failure))
 
     def close(self) -> None:
         """Stop listening, and remove the socket file if it is still this listener's; idempotent."""
@@ -127,7 +120,6 @@ class HandoffListener:
         on_handoff: OnHandoff,
         on_failure: OnFailure | None,
     ) -> None:
-        self._accepted.discard(sock)
         pid = peer_of(sock).pid
         try:
             handoff = await receive_handoff(sock, timeout_s=self._timeout_s, served=self._served)
