@@ -59,6 +59,11 @@ class FakeManager:
         self.get(id)
         return self.change(id, limits=limits)
 
+    async def drain(self) -> None:
+        for id, status in self.statuses.items():
+            if not status.state.is_final:
+                self.change(id, state=State.COMPLETE)
+
     @asynccontextmanager
     async def changes(self, id: str) -> AsyncIterator[asyncio.Event]:
         event = asyncio.Event()

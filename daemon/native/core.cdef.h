@@ -85,7 +85,7 @@ size_t pager_encode_bulk(struct pager *pager, uint64_t want_bytes, uint64_t run_
 void pager_reset_lane(struct pager *pager, enum lane lane);
 bool pager_is_complete(const struct pager *pager);
 int pager_release(struct pager *pager);
-uint64_t pager_poison_waiters(struct pager *pager);
+bool pager_poison_missing(struct pager *pager);
 void pager_get_stats(const struct pager *pager, struct pager_stats *stats);
 
 /* crash.h */

@@ -1,5 +1,7 @@
 #include "extents.h"
 
+#include "crash.h"
+
 #include <string.h>
 
 static const struct extent_table *current(const struct extents *extents)
@@ -14,6 +16,7 @@ static struct extent_table *spare(struct extents *extents)
 
 static void publish(struct extents *extents)
 {
+	CRASH_POINT("extents.written");
 	__atomic_store_n(&extents->current, (extents->current & 1) ^ 1, __ATOMIC_RELEASE);
 }
 

@@ -1,4 +1,5 @@
 /* Life of a pager, and what the kernel's messages do to it. */
+#include "crash.h"
 #include "pager.h"
 
 #include <errno.h>
@@ -98,6 +99,7 @@ struct pager *pager_adopt(void *state, uint64_t len_bytes, int uffd, const struc
 	if (!p)
 		return NULL;
 	ledger_apply_range(&p->ledger, PAGE_LOST, 0, p->ledger.pages);
+	CRASH_POINT("adopt.lost");
 	wake_everything(p);
 	p->map_changed = true; /* it may have, before our time */
 	p->inherited = true;
@@ -331,6 +333,7 @@ static void work_inbox(struct pager *p)
 
 	for (uint32_t i = 0; i < STATE_INBOX_SLOTS && p->inbox[i].event; i++) {
 		on_message(p, &p->inbox[i], now_ns);
+		CRASH_POINT("inbox.acted");
 		p->inbox[i].event = 0;
 	}
 }
@@ -360,6 +363,7 @@ unsigned pager_drain(struct pager *p)
 		ssize_t n = p->edge->read(p->uffd, p->inbox, STATE_INBOX_SLOTS * sizeof(p->inbox[0]));
 
 		if (n > 0) {
+			CRASH_POINT("inbox.read");
 			work_inbox(p);
 			if (round == DRAIN_ROUNDS - 1)
 				p->signals |= PAGER_MORE;

@@ -139,8 +139,9 @@ bool pager_is_complete(const struct pager *pager);
 /* UNREGISTER every extent: the kernel fills what is ZERO from now on. 0 or the last errno. */
 int pager_release(struct pager *pager);
 
-/* Poison every page that somebody waits for: a machine check in the guest rather than a hang. Returns how many. */
-uint64_t pager_poison_waiters(struct pager *pager);
+/* Poison every page that is not here: whoever touches one sees a memory error rather than hang. False: the kernel cannot,
+ * and the guest still waits. */
+bool pager_poison_missing(struct pager *pager);
 
 void pager_get_stats(const struct pager *pager, struct pager_stats *stats);
 

@@ -2,6 +2,7 @@
 #define XXH_INLINE_ALL
 #include <xxhash.h>
 
+#include "crash.h"
 #include "pager.h"
 
 #include <errno.h>
@@ -66,6 +67,7 @@ void pager_zero_fill(struct pager *p, uint64_t page)
 	r = install_zero(p, hva, len);
 	switch (r.answer) {
 	case UFFD_DONE:
+		CRASH_POINT("zero.filled");
 		p->counters->zero_filled++;
 		break;
 	case UFFD_THERE:
@@ -113,7 +115,9 @@ void pager_settle_zero(struct pager *p, uint64_t first, uint64_t count)
 
 static void arrived(struct pager *p, enum lane lane, uint64_t first, uint64_t count)
 {
+	CRASH_POINT("install.done");
 	ledger_apply_range(&p->ledger, PAGE_ARRIVED, first, count);
+	CRASH_POINT("install.marked");
 	p->counters->arrived[lane] += count;
 	waiters_resolve(&p->waiters, first, count, pager_now_ns());
 }
@@ -154,6 +158,7 @@ static struct placement place(struct pager *p, enum lane lane, const struct exte
 		arrived(p, lane, page, count);
 		return (struct placement){ .pages = count };
 	case UFFD_THERE:
+		CRASH_POINT("install.there");
 		p->edge->wake(p->uffd, hva, 1ull << e->page_shift);
 		arrived(p, lane, page, 1);
 		return (struct placement){ .pages = 1 };
@@ -254,6 +259,7 @@ static void accept_run(struct pager *p, struct request *request, const struct wi
 	inflight_advance(&p->inflight, request, count);
 	if (!run->data) {
 		ledger_apply_range(&p->ledger, PAGE_IS_ZERO, first, count);
+		CRASH_POINT("zero.marked");
 		pager_settle_zero(p, first, count);
 	} else if (XXH3_64bits_withSeed(run->data, run->data_len, run->offset) != run->xxh3_64) {
 		refuse(p, first, first + count);
@@ -365,29 +371,63 @@ void pager_mark_present(struct pager *p, uint64_t offset, uint64_t len_bytes)
 		p->signals |= PAGER_STALLED;
 }
 
-uint64_t pager_poison_waiters(struct pager *p)
+/* Poison [page, page + count), which lies in one extent; how many pages were. */
+static uint64_t poison_run(struct pager *p, const struct extent *e, uint64_t page, uint64_t count)
 {
-	uint64_t poisoned = 0;
-	const struct waiter *w;
-	uint32_t at = 0;
+	uint64_t done = 0, limit = count;
+	unsigned tries = 0;
 
-	while ((w = waiters_next(&p->waiters, &at))) {
-		uint64_t page = w->page;
-		const struct extent *e = extents_of_page(p->extents, page);
-		uint32_t before = p->waiters.count;
-		uint64_t hva;
+	while (done < count) {
+		uint64_t run = count - done < limit ? count - done : limit;
+		uint64_t hva = extent_hva(e, page + done);
+		struct uffd_result r = p->edge->install(p->uffd, UFFD_OP_POISON, hva, 0, run << e->page_shift);
 
-		if (!e || ledger_state(&p->ledger, page) == PAGE_PRESENT)
-			continue;
-		hva = extent_hva(e, page);
-		if (p->edge->install(p->uffd, UFFD_OP_POISON, hva, 0, 1ull << e->page_shift).answer != UFFD_DONE)
-			continue;
-		poisoned++;
-		/* Nothing more is owed to it: whatever the source may say later, the guest has seen the error. */
-		ledger_apply(&p->ledger, PAGE_ARRIVED, page);
-		waiters_resolve(&p->waiters, page, 1, pager_now_ns());
-		if (p->waiters.count < before)
-			at--;
+		if (r.answer == UFFD_DONE || r.answer == UFFD_PART) {
+			done += r.done_bytes >> e->page_shift;
+		} else if (r.answer == UFFD_THERE) {
+			p->edge->wake(p->uffd, hva, 1ull << e->page_shift);
+			done++;
+		} else if (r.answer == UFFD_UNMAPPED && run > 1) {
+			limit = run / 2;
+		} else if (r.answer == UFFD_UNMAPPED) {
+			done++;
+		} else if (r.answer == UFFD_AGAIN && ++tries < AGAIN_TRIES) {
+			p->signals |= pager_drain(p);
+			sched_yield();
+		} else {
+			break;
+		}
 	}
-	return poisoned;
+	return done;
+}
+
+bool pager_poison_missing(struct pager *p)
+{
+	const unsigned absent = 1u << PAGE_MISSING | 1u << PAGE_REQUESTED;
+	uint64_t page = 0;
+
+	while (page < p->ledger.pages) {
+		uint64_t run = ledger_run(&p->ledger, absent, page, p->ledger.pages), done;
+		const struct extent *e;
+
+		if (run == 0) {
+			page += ledger_run(&p->ledger, ~absent, page, p->ledger.pages);
+			continue;
+		}
+		e = extents_of_page(p->extents, page);
+		if (!e) {
+			forget_page(p, page++);
+			continue;
+		}
+		if (run > extent_end_page(e) - page)
+			run = extent_end_page(e) - page;
+		done = poison_run(p, e, page, run);
+		/* Nothing more is owed to them: whatever the source may say later, the guest has seen the error. */
+		ledger_apply_range(&p->ledger, PAGE_ARRIVED, page, done);
+		waiters_resolve(&p->waiters, page, done, pager_now_ns());
+		if (done < run)
+			return false;
+		page += done;
+	}
+	return true;
 }

@@ -27,7 +27,11 @@ log = structlog.get_logger(__name__)
 
 
 class Daemon:
-    """One daemon process. `run` returns after SIGTERM or SIGINT, when no guest needs it any more."""
+    """One daemon process.
+
+    SIGTERM: with a descriptor store, end at once and let the next process go on. SIGINT, and SIGTERM without a store:
+    end when no guest needs it any more.
+    """
 
     def __init__(self, config: DaemonConfig) -> None:
         self._config = config
@@ -42,6 +46,7 @@ class Daemon:
             count_handoff_error=lambda code: self._handoff_errors.record(Code(code)),
         )
         self._stop_asked = asyncio.Event()
+        self._hand_over = False
 
     async def run(self) -> None:
         """Raises ConfigError: a socket or an address cannot be had."""
@@ -93,12 +98,13 @@ class Daemon:
     def _on_stop_signal(self, number: int) -> None:
         left = self._manager.unfinished()
         log.warning("daemon.stop_asked", signal=signal.Signals(number).name, unfinished=left)
+        self._hand_over = number == signal.SIGTERM and self._store.is_durable
         self._stop_asked.set()
 
     async def _drain(self) -> None:
         """With a store another process goes on where this one ends. Without one absent pages could not come, and with
         its last descriptor closed they would read as zero: so it stays until every guest has its memory."""
-        if self._store.is_durable:
+        if self._hand_over:
             return
         if left := self._manager.unfinished():
             log.warning("daemon.draining", unfinished=left)

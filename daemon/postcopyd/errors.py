@@ -46,6 +46,7 @@ class Code(StrEnum):
     SOURCE_CLOSED = "source.closed"
     SOURCE_REFUSED = "source.refused"
     SOURCE_SILENT = "source.silent"
+    SOURCE_GIVEN_UP = "source.given_up"
     SOURCE_BUSY = "source.busy"
 
     IMAGE_UNREADABLE = "image.unreadable"
@@ -272,6 +273,11 @@ CATALOGUE: dict[Code, Entry] = {
         SourceError,
         "The page source serves as many streams as it may.",
         "Raise `--max-streams` of `postcopyd serve`, or find out who holds the others.",
+    ),
+    Code.SOURCE_GIVEN_UP: Entry(
+        SourceError,
+        "No page source came back within --retry-for, and what --on-loss says was done.",
+        "hold: bring a source back, the guest still waits. poison, kill: the guest's missing memory is lost.",
     ),
     Code.IMAGE_UNREADABLE: Entry(
         ConfigError, "An image's file cannot be opened or read.", "Check path, permissions and size."

@@ -217,8 +217,10 @@ class Manager:
         return sum(_is_attached(entry.session.state) for entry in self._entries.values())
 
     async def drain(self) -> None:
-        """Take no new migration, and return when no guest needs this daemon any more."""
+        """Take no new migration, lift the limits of those there are, and return when no guest needs this daemon."""
         self._draining = True
+        for entry in self._entries.values():
+            entry.session.set_limits(Limits(push_rate=0, weight=entry.status().limits.weight))
         while True:
             serving = {e.serving for e in self._entries.values() if e.serving and not e.serving.done()}
             if not serving:

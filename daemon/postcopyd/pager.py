@@ -262,8 +262,12 @@ class Pager:
         if error not in (0, errno.ESRCH):
             raise KernelError("UFFDIO_UNREGISTER", 0, 0, error)
 
-    def poison_waiters(self) -> int:
-        return lib.pager_poison_waiters(self._pager)
+    def poison_missing(self) -> bool:
+        """Poison every page that is not here: whoever touches one sees a memory error. False: the kernel cannot.
+
+        Source: ioctl_userfaultfd(2), UFFDIO_POISON, Linux 6.6.
+        """
+        return lib.pager_poison_missing(self._pager)
 
     def failure(self) -> KernelError:
         """What Signal.FAILED is about."""

@@ -23,7 +23,7 @@ from .errors import Code, HandoffError, KernelError, MigrationError, PostcopyErr
 from .fetcher import Fetcher
 from .installer import Installer
 from .pager import Pager, PagerStats, StateMemory, probe_registered
-from .status import NEXT_STATES, Limits, MigrationSpec, MigrationStatus, State, ThreadBlocktime
+from .status import NEXT_STATES, Limits, MigrationSpec, MigrationStatus, OnLoss, State, ThreadBlocktime
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -96,10 +96,12 @@ class Session:
         self._source_in_use = ""
         self._transport = ""
         self._reconnects = 0
+        self._patience: asyncio.TimerHandle | None = None
         self._memory_short = False
         self._source_released = False
         self._began = self._ended = time.monotonic()
         self._cancelling = False
+        self._poisoned = False
         self._last_stats: PagerStats | None = None
         self._last_blocktime: tuple[ThreadBlocktime, ...] = ()
 
@@ -238,6 +240,7 @@ class Session:
         for attempt in range(COMPLETE_TRIES):
             try:
                 self._source_released = await self._fetcher.complete(stats.present + stats.zero, stats.zero)
+                crash_point("complete.told")
                 return
             except SourceError as error:
                 self._log.warning("source.not_told", error=str(error), attempt=attempt + 1)
@@ -307,6 +310,9 @@ class Session:
     def on_source_up(self, target: str, transport: str) -> None:
         self._source_in_use, self._transport = target, transport
         self._error = None
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
         self._log.info("source.connected", source=target, transport=transport)
         self._enter(State.RUNNING)
 
@@ -322,6 +328,28 @@ class Session:
         self._error = error
         self._log.error("source.lost", code=error.code, error=str(error), reconnects=self._reconnects)
         self._enter(State.RECOVERING)
+        if self._patience is None and self.spec.retry_for_s:
+            loop = asyncio.get_running_loop()
+            self._patience = loop.call_later(self.spec.retry_for_s, self._give_up)
+
+    def _give_up(self) -> None:
+        """The source did not come back in time: what was agreed for that happens."""
+        assert self._memory is not None
+        policy = self.spec.on_loss
+        self._log.error("source.given_up", policy=policy, after_s=self.spec.retry_for_s)
+        error = SourceError(
+            Code.SOURCE_GIVEN_UP,
+            f"no page source of migration {self.spec.id!r} came back within {self.spec.retry_for_s:g} s: {policy}",
+        )
+        self._error = error
+        if policy is OnLoss.POISON and self._memory.pager.poison_missing():
+            self._poisoned = True
+            self._finish(State.FAILED, error)
+        elif policy is OnLoss.KILL and self._memory.vmm.pidfd is not None:
+            signal.pidfd_send_signal(self._memory.vmm.pidfd.fileno(), signal.SIGKILL)
+        elif policy is not OnLoss.HOLD:
+            self._log.error("source.policy_impossible", policy=policy, detail="the guest waits on")
+        self._changed()
 
     # -- control
 
@@ -366,7 +394,9 @@ class Session:
 
     async def _close(self, memory: Memory, end: State) -> None:
         """Let the memory go. Never called without an end: then the descriptors stay open to the last."""
-        if end is State.COMPLETE:
+        if self._patience is not None:
+            self._patience.cancel()
+        if end is State.COMPLETE or self._poisoned:
             crash_point("complete.before_release")
             try:
                 memory.pager.release()

@@ -44,8 +44,21 @@ class Limits(msgspec.Struct, frozen=True):
     weight: int = 100
 
 
+class OnLoss(StrEnum):
+    """What becomes of a guest whose source did not come back in time: it waits on; its missing pages are poisoned, so
+    that it sees memory errors instead of hanging; its VMM is killed."""
+
+    HOLD = "hold"
+    POISON = "poison"
+    KILL = "kill"
+
+
 class MigrationSpec(msgspec.Struct, frozen=True):
-    """What `prepare` is given. `sources` are HOST:PORT, tried in order; `image_id`, if empty, is `id`."""
+    """What `prepare` is given.
+
+    `sources` are HOST:PORT, tried in order; `image_id`, if empty, is `id`. retry_for_s: how long a lost source is waited
+    for before `on_loss` happens; 0: for ever.
+    """
 
     id: str
     sources: tuple[str, ...]
@@ -53,6 +66,8 @@ class MigrationSpec(msgspec.Struct, frozen=True):
     limits: Limits = Limits()
     epoch: int | None = None
     image_id: str = ""
+    retry_for_s: float = 0.0
+    on_loss: OnLoss = OnLoss.HOLD
 
 
 class Latency(msgspec.Struct, frozen=True):

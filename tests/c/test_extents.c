@@ -1,4 +1,4 @@
-// sources: extents.c
+// sources: extents.c crash.c
 #include <string.h>
 
 #include "check.h"

@@ -23,6 +23,8 @@ INTERRUPTED = 130
 # name: (module:command, help)
 COMMANDS = {
     "run": ("postcopyd.cli.daemon:run", "Run the daemon."),
+    "supervise": ("postcopyd.cli.daemon:supervise", "Run the daemon under a parent that never loses a VM."),
+    "drain": ("postcopyd.cli.migrations:drain", "Finish every migration and take no new one."),
     "prepare": ("postcopyd.cli.migrations:prepare", "Make a migration and print the socket for its VMM."),
     "list": ("postcopyd.cli.migrations:list_", "List the migrations."),
     "show": ("postcopyd.cli.migrations:show", "Show all of one migration."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 
 import click
 
@@ -31,3 +32,15 @@ def run(config_path: str | None, state_dir: str | None, control: str | None) -> 
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(run_daemon(config))
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def supervise(arguments: tuple[str, ...]) -> None:
+    """Run the daemon under a parent that holds its descriptors and restarts it, where there is no systemd.
+
+    ARGUMENTS are those of `run`. SIGTERM or SIGINT drains and ends; SIGHUP replaces the daemon, as for an upgrade.
+    """
+    from postcopyd.supervise import supervise as run_supervised
+
+    sys.exit(run_supervised(list(arguments)))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 import click
 
 from postcopyd.errors import Code, ConfigError
-from postcopyd.status import Limits, State
+from postcopyd.status import Limits, OnLoss, State
 
 from . import options
 
@@ -40,6 +40,14 @@ Result = TypeVar("Result")
 @click.option(
     "--epoch", metavar="N", callback=options.epoch, help="Refuse a source whose image has another epoch."
 )
+@click.option(
+    "--retry-for", metavar="SECONDS", type=click.FloatRange(0), default=0.0,
+    help="Wait so long for a lost source before --on-loss happens; 0: for ever.",
+)  # fmt: skip
+@click.option(
+    "--on-loss", type=click.Choice([policy.value for policy in OnLoss]), default=OnLoss.HOLD.value,
+    show_default=True, help="What becomes of the guest then.",
+)  # fmt: skip
 @options.json_option
 def prepare(
     id: str,
@@ -48,6 +56,8 @@ def prepare(
     control: str,
     push_rate: int | None,
     epoch: int | None,
+    retry_for: float,
+    on_loss: str,
     as_json: bool,
 ) -> None:
     """Make a migration and print the path of the socket for its VMM.
@@ -56,9 +66,30 @@ def prepare(
     """
     limits = None if push_rate is None else Limits(push_rate=push_rate)
     status = _call(
-        control, lambda client: client.prepare(id, sources, socket_path=socket, limits=limits, epoch=epoch)
+        control,
+        lambda client: client.prepare(
+            id,
+            sources,
+            socket_path=socket,
+            limits=limits,
+            epoch=epoch,
+            retry_for_s=retry_for,
+            on_loss=OnLoss(on_loss),
+        ),
     )
     _print(status, as_json, lambda: click.echo(status.socket_path))
+
+
+@click.command()
+@options.control_option
+@options.json_option
+def drain(control: str, as_json: bool) -> None:
+    """Finish every migration at full rate and take no new one; returns when no guest needs the daemon."""
+    from . import render
+
+    statuses = _call(control, lambda client: client.drain())
+    if as_json:
+        click.echo(render.to_json_array(statuses))
 
 
 @click.command("list")

@@ -28,5 +28,8 @@ class MigrationManager(Protocol):
     async def set_limits(self, id: str, limits: Limits) -> MigrationStatus:
         """Raises MigrationError(MIGRATION_UNKNOWN)."""
 
+    async def drain(self) -> None:
+        """Take no new migration, lift limits, and return when every guest has its memory."""
+
     def changes(self, id: str) -> AbstractAsyncContextManager[asyncio.Event]:
         """An event of the caller's own, set whenever the status may have changed; the caller clears it."""

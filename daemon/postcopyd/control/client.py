@@ -7,6 +7,7 @@ from urllib.parse import quote
 
 import grpc
 
+from postcopyd.status import MigrationSpec, OnLoss
 from postcopyd.v1 import control_pb2 as pb
 from postcopyd.v1 import control_pb2_grpc
 
@@ -48,10 +49,24 @@ class ControlClient:
         socket_path: str = "",
         limits: Limits | None = None,
         epoch: int | None = None,
+        retry_for_s: float = 0.0,
+        on_loss: OnLoss = OnLoss.HOLD,
     ) -> MigrationStatus:
         """Make a migration; `limits` None: the daemon's defaults."""
-        request = convert.spec_to_pb(id, tuple(sources), socket_path, limits, epoch)
-        return await self._migration(self._stub.Prepare(request, timeout=self._timeout_s))
+        spec = MigrationSpec(
+            id, tuple(sources), socket_path, epoch=epoch, retry_for_s=retry_for_s, on_loss=on_loss
+        )
+        return await self._migration(
+            self._stub.Prepare(convert.spec_to_pb(spec, limits), timeout=self._timeout_s)
+        )
+
+    async def drain(self) -> list[MigrationStatus]:
+        """Have every migration finished; returns when no guest needs the daemon, however long that takes."""
+        try:
+            reply = await self._stub.Drain(pb.DrainRequest())
+        except grpc.aio.AioRpcError as error:
+            raise rpc_errors.error_of(error, self.path) from error
+        return [convert.status_from_pb(message) for message in reply.migrations]
 
     async def get(self, id: str) -> MigrationStatus:
         return await self._migration(self._stub.Get(pb.GetRequest(id=id), timeout=self._timeout_s))

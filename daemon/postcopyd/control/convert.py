@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from postcopyd.arguments import check_id, check_socket_path, parse_endpoint
 from postcopyd.errors import Code, ConfigError
-from postcopyd.status import Latency, Limits, MigrationSpec, MigrationStatus, State, ThreadBlocktime
+from postcopyd.status import Latency, Limits, MigrationSpec, MigrationStatus, OnLoss, State, ThreadBlocktime
 from postcopyd.v1 import control_pb2 as pb
 
 MAX_SOURCES = 16
 MAX_PUSH_RATE = 1 << 50
 MAX_WEIGHT = 1000
+MAX_RETRY_S = 1e7
 
 # Every state by name, so that a new one on either side fails at import and not in the field.
 _TO_PB = {state: pb.State.Value(f"STATE_{state.name}") for state in State}
@@ -26,6 +27,19 @@ _SAME = (
 
 NOT_CARRIED = frozenset({"pages_requested", "latency_log2_us", "latency_sum_us"})
 """Fields of MigrationStatus that only metrics need and the protocol does not have."""
+
+
+_ON_LOSS_TO_PB = {policy: pb.OnLoss.Value(f"ON_LOSS_{policy.name}") for policy in OnLoss}
+_ON_LOSS_FROM_PB = {number: policy for policy, number in _ON_LOSS_TO_PB.items()}
+
+
+def _check_retry(seconds: float) -> float:
+    if not 0 <= seconds <= MAX_RETRY_S:
+        raise ConfigError(
+            Code.ARGUMENT_INVALID,
+            f"retry_for_s {seconds} is out of bounds: 0 (for ever) to {MAX_RETRY_S:.0f}",
+        )
+    return seconds
 
 
 def limits_to_pb(limits: Limits) -> pb.Limits:
@@ -48,15 +62,16 @@ def limits_from_pb(message: pb.Limits) -> Limits:
     return Limits(push_rate=message.push_rate, weight=weight)
 
 
-def spec_to_pb(
-    id: str, sources: tuple[str, ...], socket_path: str, limits: Limits | None, epoch: int | None
-) -> pb.PrepareRequest:
+def spec_to_pb(spec: MigrationSpec, limits: Limits | None) -> pb.PrepareRequest:
+    """`limits` None: the daemon's defaults, whatever `spec` says."""
     return pb.PrepareRequest(
-        id=id,
-        sources=sources,
-        socket_path=socket_path,
+        id=spec.id,
+        sources=spec.sources,
+        socket_path=spec.socket_path,
         limits=None if limits is None else limits_to_pb(limits),
-        epoch=epoch,
+        epoch=spec.epoch,
+        retry_for_s=spec.retry_for_s,
+        on_loss=_ON_LOSS_TO_PB[spec.on_loss],
     )
 
 
@@ -78,6 +93,8 @@ def spec_from_pb(message: pb.PrepareRequest, default_limits: Limits) -> Migratio
         socket_path=check_socket_path(message.socket_path) if message.socket_path else "",
         limits=limits_from_pb(message.limits) if message.HasField("limits") else default_limits,
         epoch=message.epoch if message.HasField("epoch") else None,
+        retry_for_s=_check_retry(message.retry_for_s),
+        on_loss=_ON_LOSS_FROM_PB.get(message.on_loss, OnLoss.HOLD),
     )
 
 

@@ -61,6 +61,10 @@ class ControlService(control_pb2_grpc.ControlServicer):
         except PostcopyError as error:
             await rpc_errors.abort(context, error)
 
+    async def Drain(self, request: pb.DrainRequest, context: rpc_errors.Context) -> pb.ListReply:
+        await self._manager.drain()
+        return pb.ListReply(migrations=[convert.status_to_pb(status) for status in self._manager.list()])
+
     async def Watch(
         self, request: pb.WatchRequest, context: rpc_errors.Context
     ) -> AsyncIterator[pb.Migration]:
