@@ -161,6 +161,25 @@ async def test_watch_merges_what_happens_within_an_interval(
     assert seen == [0, 99]
 
 
+async def test_watch_sends_no_more_often_than_asked(client: ControlClient, manager: FakeManager) -> None:
+    await client.prepare("vm-1", ["a:1"])
+    seen: list[MigrationStatus] = []
+
+    async def follow() -> None:
+        async for status in client.watch("vm-1", interval_s=3600):
+            seen.append(status)
+            first.set()
+
+    first = asyncio.Event()
+    following = asyncio.create_task(follow())
+    await first.wait()
+    for faults in range(1, 20):
+        manager.change("vm-1", faults=faults)
+        await client.get("vm-1")  # time for a message to overtake
+    assert len(seen) == 1
+    following.cancel()
+
+
 async def test_a_watcher_that_goes_away_is_forgotten(client: ControlClient, manager: FakeManager) -> None:
     await client.prepare("vm-1", ["a:1"])
     async with aclosing(client.watch("vm-1")) as states:
