@@ -49,6 +49,20 @@ class FetcherListener(Protocol):
         """Streams are open: everything that is owed is to be asked for again."""
 
 
+class LaneSink:
+    """The sink of one lane's stream: passes everything on, and counts, as only one lane may have gone silent."""
+
+    def __init__(self, sink: ReplySink) -> None:
+        self.native = sink.native
+        self.feed = sink.feed
+        self.batches = 0
+        self._fed = sink.fed
+
+    def fed(self) -> None:
+        self.batches += 1
+        self._fed()
+
+
 @dataclass
 class Link:
     """An open connection: where requests go now."""
@@ -56,7 +70,10 @@ class Link:
     transport: PageTransport
     demand: PageStream
     bulk: PageStream
+    demand_sink: LaneSink
+    bulk_sink: LaneSink
     failed: asyncio.Future[None]
+    settled_before: int
     push_open: bool = False
 
 
@@ -66,7 +83,7 @@ class Fetcher:
     Args:
         image: the image as the first source described it; every later source must serve the same.
         run_align: the largest page size of the guest's memory, bytes.
-        silent_after_s: a demand request unanswered for so long means that the source is lost.
+        silent_after_s: a lane with requests outstanding and nothing heard for so long means that the source is lost.
     """
 
     def __init__(
@@ -96,7 +113,6 @@ class Fetcher:
         self._holes_known = False
         self._push_timer: asyncio.TimerHandle | None = None
         self._silence_timer: asyncio.TimerHandle | None = None
-        self._batches = 0
         self._charged = 0
         self._unused = 0
         self._received_before = pager.bulk_bytes_received
@@ -105,8 +121,12 @@ class Fetcher:
 
     def set_limits(self, limits: Limits) -> None:
         """Take a new push rate at once."""
+        self._refund()
         self._bucket = TokenBucket(limits.push_rate)
-        self.pump_push()
+        # What is on its way counts at the new rate, so that its refund finds what it gives back.
+        self._bucket.spend(self._pager.bulk_inflight_bytes)
+        # The old rate may have asked for a pause of hours.
+        self._push_again()
 
     def hold_push(self, held: bool) -> None:
         """Stop the push, for memory is short; or let it go on."""
@@ -149,12 +169,18 @@ class Fetcher:
         try:
             self._check_identity(target, await transport.describe(self._image.image_id))
             opening = self._opening()
+            demand_sink, bulk_sink = LaneSink(sink), LaneSink(sink)
             link = Link(
                 transport,
-                demand=await transport.open_stream(opening, sink, demand=True),
-                bulk=await transport.open_stream(opening, sink, demand=False),
+                demand=await transport.open_stream(opening, demand_sink, demand=True),
+                bulk=await transport.open_stream(opening, bulk_sink, demand=False),
+                demand_sink=demand_sink,
+                bulk_sink=bulk_sink,
                 failed=self._loop.create_future(),
+                settled_before=self._settled(),
             )
+            # Streams may end in the same moment, and then nobody asks for it.
+            link.failed.add_done_callback(lambda failed: failed.cancelled() or failed.exception())
             self._link = link
             self._listener.on_source_up(target, transport.name)
             self._listener.on_source_ready()
@@ -186,15 +212,43 @@ class Fetcher:
         """Learn the holes first, as they need not be asked for; then let the push go."""
         if self._image.has_holes and not self._holes_known:
             try:
-                async for batch in link.transport.holes(self._image.image_id, self._image.epoch):
-                    for offset, len_bytes in batch:
-                        self._pager.mark_zero(offset, len_bytes)
+                await self._learn_holes(link.transport)
                 self._holes_known = True
             except SourceError as error:
                 # Zero pages are then found as they are asked for; if the source is lost its streams say so.
                 log.warning("source.holes_unknown", source=link.transport.target, error=str(error))
         link.push_open = True
         self._listener.on_source_ready()
+
+    async def _learn_holes(self, transport: PageTransport) -> None:
+        """Mark the holes as zero. They ascend, so that their number has a bound. Raises SourceError."""
+        batches = transport.holes(self._image.image_id, self._image.epoch)
+        end = 0
+        while True:
+            try:
+                async with asyncio.timeout(self._silent_after_s):
+                    batch = await anext(batches, None)
+            except TimeoutError:
+                raise SourceError(
+                    Code.SOURCE_SILENT,
+                    f"page source {transport.target} said nothing of its holes for {self._silent_after_s:g} s",
+                ) from None
+            if batch is None:
+                return
+            if not batch:
+                raise self._bad_holes(transport)
+            for offset, len_bytes in batch:
+                if offset < end or len_bytes == 0:
+                    raise self._bad_holes(transport)
+                self._pager.mark_zero(offset, len_bytes)
+                end = offset + len_bytes
+
+    @staticmethod
+    def _bad_holes(transport: PageTransport) -> SourceError:
+        return SourceError(
+            Code.SOURCE_BAD_REPLY,
+            f"page source {transport.target} sends holes that are empty or do not ascend",
+        )
 
     def _check_identity(self, target: str, image: ImageInfo) -> None:
         if image.epoch != self._image.epoch or image.size_bytes != self._image.size_bytes:
@@ -216,13 +270,17 @@ class Fetcher:
         ).SerializeToString()
 
     def _lose_link(self) -> bool:
-        """Forget the connection and what it owed; False if there was none."""
-        had_link = self._link is not None
+        """Forget the connection and what it owed; False if it brought nothing, so that a bad source is not hammered."""
+        was_useful = self._link is not None and self._settled() > self._link.settled_before
         self._link = None
         self._cancel_timers()
         self._pager.reset_lane(Lane.DEMAND)
         self._pager.reset_lane(Lane.BULK)
-        return had_link
+        return was_useful
+
+    def _settled(self) -> int:
+        stats = self._pager.stats()
+        return stats.present + stats.zero
 
     def _cancel_timers(self) -> None:
         for timer in (self._push_timer, self._silence_timer):
@@ -242,7 +300,6 @@ class Fetcher:
 
     def on_answered(self) -> None:
         """A batch of replies is through: there may be room for more."""
-        self._batches += 1
         self.pump_demand()
         self.pump_push()
 
@@ -272,9 +329,12 @@ class Fetcher:
             self._bucket.spend(claimed)
             self._charged += claimed
             link.bulk.send(body)
+            self._watch_silence()
 
     def _push_again(self) -> None:
-        self._push_timer = None
+        if self._push_timer is not None:
+            self._push_timer.cancel()
+            self._push_timer = None
         self.pump_push()
 
     def _refund(self) -> None:
@@ -287,16 +347,31 @@ class Fetcher:
     def _watch_silence(self) -> None:
         if self._silence_timer is None:
             self._silence_timer = self._loop.call_later(
-                self._silent_after_s, self._check_silence, self._batches
+                self._silent_after_s, self._check_silence, self._heard_by_lane()
             )
 
-    def _check_silence(self, batches_before: int) -> None:
+    def _heard_by_lane(self) -> dict[Lane, int]:
+        """For each lane with requests outstanding, how often it was heard."""
+        if self._link is None:
+            return {}
+        outstanding = {}
+        if self._pager.demand_inflight:
+            outstanding[Lane.DEMAND] = self._link.demand_sink.batches
+        if self._pager.bulk_inflight_bytes:
+            outstanding[Lane.BULK] = self._link.bulk_sink.batches
+        return outstanding
+
+    def _check_silence(self, before: dict[Lane, int]) -> None:
         self._silence_timer = None
-        if self._link is None or self._pager.demand_inflight == 0:
+        now = self._heard_by_lane()
+        if self._link is None or not now:
             return
-        if self._batches != batches_before:
+        silent = [lane for lane, heard in now.items() if before.get(lane) == heard]
+        if not silent:
             self._watch_silence()
         elif not self._link.failed.done():
-            target = self._link.transport.target
-            message = f"page source {target} left a page request unanswered for {self._silent_after_s:g} s"
+            message = (
+                f"page source {self._link.transport.target} left {silent[0].name.lower()} requests unanswered "
+                f"for {self._silent_after_s:g} s"
+            )
             self._link.failed.set_exception(SourceError(Code.SOURCE_SILENT, message))
