@@ -118,9 +118,9 @@ class Supervisor:
 
     def _spawn(self) -> int:
         child = os.fork()
-        if child:
-            return child
-        self._become_child()
+        if child == 0:
+            self._become_child()
+        return child
 
     def _become_child(self) -> NoReturn:
         try:
