@@ -111,7 +111,7 @@ def outcome(reply: bytes) -> h2.Event:
     assert client.call(PAGES_PATH, "x", "http") == 1
     client.fill()
     client.receive[: len(reply)] = reply
-    client.feed(len(reply), 0)
+    client.feed(len(reply), 0.0)
     (ended,) = [event for event in client.events() if event.kind == h2.ENDED]
     return ended
 

@@ -46,6 +46,11 @@ struct h2_event {
     uint32_t len;
     uint8_t *data;
 };
+enum h2_attention_bit {
+    H2_HAS_EVENTS = 1,
+    H2_HAS_MORE = 2,
+    H2_IS_OVER = 4,
+};
 struct h2_stats {
     uint64_t messages_in;
     uint64_t messages_out;
@@ -58,11 +63,10 @@ struct h2_stats {
 };
 struct h2_conn *h2_new(const struct h2_config *config);
 void h2_free(struct h2_conn *conn);
-int h2_feed(struct h2_conn *conn, const uint8_t *data, size_t len, uint64_t now_ms);
+int h2_feed(struct h2_conn *conn, const uint8_t *data, size_t len, double now_s);
 ssize_t h2_fill(struct h2_conn *conn, uint8_t *out, size_t cap);
-int h2_has_more(const struct h2_conn *conn);
 size_t h2_block_bytes(const struct h2_conn *conn);
-int h2_is_over(const struct h2_conn *conn);
+const uint32_t *h2_attention(const struct h2_conn *conn);
 int h2_next_event(struct h2_conn *conn, struct h2_event *event);
 const char *h2_error(const struct h2_conn *conn);
 const struct h2_stats *h2_statistics(const struct h2_conn *conn);

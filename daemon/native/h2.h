@@ -86,6 +86,12 @@ struct h2_event {
     uint8_t *data; /* valid until the next call of h2_next_event */
 };
 
+enum h2_attention_bit {
+    H2_HAS_EVENTS = 1, /* call h2_next_event until it returns 0 */
+    H2_HAS_MORE = 2,   /* call h2_fill again */
+    H2_IS_OVER = 4,    /* nothing is left to receive or to send: close the connection */
+};
+
 struct h2_stats {
     uint64_t messages_in;
     uint64_t messages_out;
@@ -102,20 +108,23 @@ struct h2_conn *h2_new(const struct h2_config *config);
 void h2_free(struct h2_conn *conn);
 
 /*
- * Take received bytes. now_ms: any monotonic clock. Returns 0; -1: the connection is broken, see h2_error. Call h2_fill
- * after it either way: the peer may have to be told.
+ * Take received bytes. now_s: any monotonic clock. Returns how many messages they completed; -1: the connection is
+ * broken, see h2_error. Call h2_fill after it either way: the peer may have to be told.
  */
-int h2_feed(struct h2_conn *conn, const uint8_t *data, size_t len, uint64_t now_ms);
+int h2_feed(struct h2_conn *conn, const uint8_t *data, size_t len, double now_s);
 
 /*
  * Write what is to be sent; returns its length, 0 if there is nothing, -1 if the connection is broken. The caller
- * calls again while h2_has_more. cap: at least h2_block_bytes.
+ * calls again while H2_HAS_MORE. cap: at least h2_block_bytes.
  */
 ssize_t h2_fill(struct h2_conn *conn, uint8_t *out, size_t cap);
-int h2_has_more(const struct h2_conn *conn);
 size_t h2_block_bytes(const struct h2_conn *conn);
-/* Nothing is left to receive or to send: close the connection. */
-int h2_is_over(const struct h2_conn *conn);
+
+/*
+ * What the owner must do, as bits of enum h2_attention; 0 in most turns, which is why it is one look. Current after h2_feed,
+ * h2_fill and h2_next_event.
+ */
+const uint32_t *h2_attention(const struct h2_conn *conn);
 
 /* Returns 1 and the oldest event, or 0. */
 int h2_next_event(struct h2_conn *conn, struct h2_event *event);

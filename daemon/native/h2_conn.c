@@ -90,13 +90,13 @@ void h2_free(struct h2_conn *conn) {
     free(conn);
 }
 
-int h2_feed(struct h2_conn *conn, const uint8_t *data, size_t len, uint64_t now_ms) {
+static int take_bytes(struct h2_conn *conn, const uint8_t *data, size_t len, double now_s) {
     if (conn->broken)
         return -1;
     conn->stats.bytes_in += len;
     if (conn->over)
         return 0;
-    const char *flood = h2_guard_feed(&conn->guard, data, len, now_ms);
+    const char *flood = h2_guard_feed(&conn->guard, data, len, (uint64_t)(now_s * 1000));
     if (flood) {
         char text[64];
         snprintf(text, sizeof text, "the peer floods with frames: %s", flood);
@@ -112,10 +112,21 @@ int h2_feed(struct h2_conn *conn, const uint8_t *data, size_t len, uint64_t now_
     return conn->broken ? -1 : 0;
 }
 
-int h2_is_over(const struct h2_conn *conn) {
-    return conn->broken ||
-           (!nghttp2_session_want_read(conn->session) && !nghttp2_session_want_write(conn->session));
+int h2_feed(struct h2_conn *conn, const uint8_t *data, size_t len, double now_s) {
+    uint64_t before = conn->stats.messages_in;
+    int rc = take_bytes(conn, data, len, now_s);
+    h2_update_attention(conn);
+    return rc ? rc : (int)(conn->stats.messages_in - before);
 }
+
+void h2_update_attention(struct h2_conn *conn) {
+    bool wants_write = !conn->broken && nghttp2_session_want_write(conn->session);
+    bool is_over = conn->broken || (!wants_write && !nghttp2_session_want_read(conn->session));
+    conn->attention =
+        (conn->events.count ? H2_HAS_EVENTS : 0) | (wants_write ? H2_HAS_MORE : 0) | (is_over ? H2_IS_OVER : 0);
+}
+
+const uint32_t *h2_attention(const struct h2_conn *conn) { return &conn->attention; }
 
 const char *h2_error(const struct h2_conn *conn) { return conn->error; }
 

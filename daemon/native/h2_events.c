@@ -44,8 +44,10 @@ int h2_next_event(struct h2_conn *conn, struct h2_event *event) {
     struct h2_events *events = &conn->events;
     free(events->given);
     events->given = NULL;
-    if (!events->count)
+    if (!events->count) {
+        h2_update_attention(conn);
         return 0;
+    }
     *event = events->items[events->first++];
     events->given = event->data;
     if (!--events->count)

@@ -144,7 +144,7 @@ void h2_out_callbacks(nghttp2_session_callbacks *callbacks) {
     nghttp2_session_callbacks_set_send_data_callback(callbacks, write_frame);
 }
 
-ssize_t h2_fill(struct h2_conn *conn, uint8_t *out, size_t cap) {
+static ssize_t fill_block(struct h2_conn *conn, uint8_t *out, size_t cap) {
     size_t reserve = h2_out_reserve(conn);
     if (conn->broken)
         return -1;
@@ -169,6 +169,10 @@ ssize_t h2_fill(struct h2_conn *conn, uint8_t *out, size_t cap) {
     return (ssize_t)conn->block_used;
 }
 
-int h2_has_more(const struct h2_conn *conn) { return !conn->broken && nghttp2_session_want_write(conn->session); }
+ssize_t h2_fill(struct h2_conn *conn, uint8_t *out, size_t cap) {
+    ssize_t rc = fill_block(conn, out, cap);
+    h2_update_attention(conn);
+    return rc;
+}
 
 size_t h2_block_bytes(const struct h2_conn *conn) { return conn->config.limits.slice_bytes + h2_out_reserve(conn); }

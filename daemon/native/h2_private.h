@@ -64,6 +64,7 @@ struct h2_conn {
     struct h2_events events;
     struct h2_stream *streams;
     struct h2_stats stats;
+    uint32_t attention;
     uint8_t *block; /* h2_fill's, while it runs */
     size_t block_cap;
     size_t block_used;
@@ -77,7 +78,9 @@ struct h2_conn {
 int h2_push_event(struct h2_conn *conn, struct h2_event event);
 void h2_events_deinit(struct h2_events *events);
 
-/* h2_conn.c: the first reason stays. Returns -1. */
+/* h2_conn.c */
+void h2_update_attention(struct h2_conn *conn);
+/* The first reason stays. Returns -1. */
 int h2_break(struct h2_conn *conn, const char *why);
 /* Note why the connection is about to end, unless a reason is known. */
 void h2_explain(struct h2_conn *conn, const char *why);

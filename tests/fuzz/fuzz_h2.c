@@ -96,11 +96,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len) {
         size_t part = len - at < step ? len - at : step;
         uint8_t *copy = malloc(part);
         memcpy(copy, data + at, part);
-        int rc = h2_feed(end.conn, copy, part, at);
+        int rc = h2_feed(end.conn, copy, part, (double)at / 1000);
         free(copy);
         decide(&end);
         take_out(&end);
-        if (rc || h2_is_over(end.conn))
+        if (rc < 0 || *h2_attention(end.conn) & H2_IS_OVER)
             break;
         if (h2_statistics(end.conn)->queued_bytes > 4 * (16384 + 2 * 4101 + 4096 + 16384))
             abort();

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Protocol, TypeAlias, cast
 
 import msgspec
@@ -30,14 +31,16 @@ class _Lib(Protocol):
     H2_BY_PROTOCOL: int
     H2_BY_SINK: int
     H2_BY_OWNER: int
+    H2_HAS_EVENTS: int
+    H2_HAS_MORE: int
+    H2_IS_OVER: int
     h2_py_open: CData
 
     def h2_new(self, config: CData) -> CData: ...
     def h2_free(self, conn: CData) -> None: ...
-    def h2_feed(self, conn: CData, data: CData, len_bytes: int, now_ms: int) -> int: ...
+    def h2_feed(self, conn: CData, data: CData, len_bytes: int, now_s: float) -> int: ...
     def h2_fill(self, conn: CData, out: CData, cap: int) -> int: ...
-    def h2_has_more(self, conn: CData) -> int: ...
-    def h2_is_over(self, conn: CData) -> int: ...
+    def h2_attention(self, conn: CData) -> CData: ...
     def h2_block_bytes(self, conn: CData) -> int: ...
     def h2_next_event(self, conn: CData, event: CData) -> int: ...
     def h2_error(self, conn: CData) -> CData: ...
@@ -78,6 +81,10 @@ BY_STATUS = _lib.H2_BY_STATUS
 BY_RESET = _lib.H2_BY_RESET
 BY_PROTOCOL = _lib.H2_BY_PROTOCOL
 BY_SINK = _lib.H2_BY_SINK
+
+HAS_EVENTS = _lib.H2_HAS_EVENTS
+HAS_MORE = _lib.H2_HAS_MORE
+IS_OVER = _lib.H2_IS_OVER
 
 HTTP2_CANCEL = 8
 HTTP2_ENHANCE_YOUR_CALM = 11
@@ -174,7 +181,19 @@ class Connection:
         on_open: makes it a server's end.
     Attributes:
         receive: where received bytes are to be put for `feed`.
+        feed: (len_bytes, now_s) takes the first bytes of `receive`; returns how many messages they completed, or -1
+            if the connection broke. now_s: any monotonic clock.
+        fill: puts what is to be sent next into `block` and returns its length; 0 or -1 if there is nothing. It
+            overwrites the last: the transport must be done with it.
+        attention: what is to be done after `feed`, `fill` and `events`, as bits HAS_EVENTS, HAS_MORE, IS_OVER at
+            index 0; mostly 0.
+
+    These are called in every turn of the event loop, hence without a method of Python's in between.
     """
+
+    feed: Callable[[int, float], int]
+    fill: Callable[[], int]
+    attention: Sequence[int]
 
     def __init__(self, limits: Limits, on_open: OnOpen | None = None) -> None:
         config = _ffi.new("struct h2_config *")
@@ -188,26 +207,17 @@ class Connection:
         if conn == _ffi.NULL:
             raise ValueError(f"these limits make no sense: {limits}")
         self._conn = _ffi.gc(conn, _lib.h2_free)
+        self.attention = _lib.h2_attention(conn)
         self._stats = _lib.h2_statistics(conn)
         self._event = _ffi.new("struct h2_event *")
         self._in = _ffi.new("uint8_t[]", RECEIVE_BYTES)
         self._out_bytes = _lib.h2_block_bytes(conn)
         # Not zeroed: pages are touched only as far as they are used.
         self._out = _ffi.new_allocator(should_clear_after_alloc=False)("uint8_t[]", self._out_bytes)
-        self._out_view = memoryview(_ffi.buffer(self._out))
+        self.block = memoryview(_ffi.buffer(self._out))
         self.receive = memoryview(_ffi.buffer(self._in))
-
-    def feed(self, len_bytes: int, now_ms: int) -> None:
-        """Take the first bytes of `receive`. What follows from them: `events`, `fill`, `is_over`."""
-        _lib.h2_feed(self._conn, self._in, len_bytes, now_ms)
-
-    def fill(self) -> memoryview | None:
-        """Return what to send next, if anything.
-
-        The next call overwrites it: the transport must be done with it by then.
-        """
-        len_bytes = _lib.h2_fill(self._conn, self._out, self._out_bytes)
-        return self._out_view[:len_bytes] if len_bytes > 0 else None
+        self.feed = partial(_lib.h2_feed, self._conn, self._in)
+        self.fill = partial(_lib.h2_fill, self._conn, self._out, self._out_bytes)
 
     def events(self) -> Iterator[Event]:
         event = self._event
@@ -216,21 +226,9 @@ class Connection:
             yield Event(event.kind, event.stream_id, event.status, event.origin, data)
 
     @property
-    def has_more(self) -> bool:
-        return bool(_lib.h2_has_more(self._conn))
-
-    @property
-    def is_over(self) -> bool:
-        return bool(_lib.h2_is_over(self._conn))
-
-    @property
     def error(self) -> str:
         text: bytes = _ffi.string(_lib.h2_error(self._conn))
         return text.decode(errors="replace")
-
-    @property
-    def messages_in(self) -> int:
-        return cast("int", self._stats.messages_in)
 
     @property
     def statistics(self) -> Statistics:

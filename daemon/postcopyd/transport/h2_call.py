@@ -121,7 +121,6 @@ class ClientConnection(H2Connection):
         self.too_many_pings = False
         self.going_away = False
         self._sink = sink
-        self._messages_fed = 0
 
     def when_lost(self, callback: Callable[[ClientConnection], None]) -> None:
         self._lost.add_done_callback(lambda _: callback(self))
@@ -143,9 +142,8 @@ class ClientConnection(H2Connection):
         elif most < UNTAKEN_MAX // 2:
             self.hold_reading(False)
 
-    def on_received(self) -> None:
-        if self._sink is not None and self.native.messages_in != self._messages_fed:
-            self._messages_fed = self.native.messages_in
+    def on_messages(self) -> None:
+        if self._sink is not None:
             self._sink.fed()
 
     def on_event(self, event: h2.Event) -> None:

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import asyncio
 from enum import Enum
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import msgspec
 
-if TYPE_CHECKING:
-    from .._native import h2
+from .._native import h2
 
 TLS_SHUTDOWN_S = 0.1
 """For the peer's close_notify: nothing depends on it, as HTTP/2 says by itself where a stream ends."""
@@ -67,8 +66,8 @@ class H2Connection(asyncio.BufferedProtocol):
     def on_event(self, event: h2.Event) -> None:
         raise NotImplementedError
 
-    def on_received(self) -> None:
-        """A batch was handled."""
+    def on_messages(self) -> None:
+        """A batch with messages was handled."""
 
     def on_lost(self) -> None:
         """The connection is gone: `loss` and `reason` say why."""
@@ -84,8 +83,9 @@ class H2Connection(asyncio.BufferedProtocol):
         """Send what can be sent now, and close; idempotent."""
         self._note(loss, reason)
         if self._transport is not None and not self._transport.is_closing():
-            if not self._writing_paused:
-                self._write_block()
+            len_bytes = 0 if self._writing_paused else self.native.fill()
+            if len_bytes > 0:
+                self._transport.write(self.native.block[:len_bytes])
             self._transport.close()
 
     def abort(self, loss: Loss, reason: str = "") -> None:
@@ -121,15 +121,12 @@ class H2Connection(asyncio.BufferedProtocol):
         self._flush_due = False
         if self._transport is None or self._writing_paused:
             return
-        wrote = self._write_block()
-        for event in self.native.events():
-            self.on_event(event)
-        if self.native.is_over:
-            error = self.native.error
-            self.close(Loss.PROTOCOL if error else Loss.CLOSED, error)
-        elif wrote and self.native.has_more and not self._writing_paused:
-            self._flush_due = True
-            self._loop.call_soon(self.flush)
+        native = self.native
+        len_bytes = native.fill()
+        if len_bytes > 0:
+            self._transport.write(native.block[:len_bytes])
+        if native.attention[0]:
+            self._attend()
 
     # asyncio.BufferedProtocol
 
@@ -152,19 +149,21 @@ class H2Connection(asyncio.BufferedProtocol):
         return self.native.receive
 
     def buffer_updated(self, nbytes: int) -> None:
-        self._received_at = self._loop.time()
+        self._received_at = now = self._loop.time()
+        native = self.native
         self._in_turn = True
         try:
-            self.native.feed(nbytes, int(self._received_at * 1000))
-            for event in self.native.events():
-                self.on_event(event)
-            self.on_received()
+            messages = native.feed(nbytes, now)
+            if native.attention[0] & h2.HAS_EVENTS:
+                for event in native.events():
+                    self.on_event(event)
+            if messages > 0:
+                self.on_messages()
         finally:
             self._in_turn = False
         self.flush()
         # libuv would read up to 32 more buffers at once; the others of this loop come first.
-        if nbytes == len(self.native.receive) and self.is_open and not self._reading_held:
-            assert self._transport is not None
+        if nbytes == h2.RECEIVE_BYTES and self._transport is not None and not self._reading_held:
             self._transport.pause_reading()
             self._loop.call_soon(self._next_slice)
 
@@ -189,12 +188,18 @@ class H2Connection(asyncio.BufferedProtocol):
             self.loss = loss
             self.reason = reason or loss.value
 
-    def _write_block(self) -> bool:
-        block = self.native.fill()
-        if block is None or self._transport is None:
-            return False
-        self._transport.write(block)
-        return True
+    def _attend(self) -> None:
+        """Do what a turn has left over. Between turns there is mostly nothing."""
+        if self.native.attention[0] & h2.HAS_EVENTS:
+            for event in self.native.events():
+                self.on_event(event)
+        attention = self.native.attention[0]
+        if attention & h2.IS_OVER:
+            error = self.native.error
+            self.close(Loss.PROTOCOL if error else Loss.CLOSED, error)
+        elif attention & h2.HAS_MORE and not self._writing_paused and not self._flush_due:
+            self._flush_due = True
+            self._loop.call_soon(self.flush)
 
     def _next_slice(self) -> None:
         if self._transport is not None and not self._reading_held:
