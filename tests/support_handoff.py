@@ -68,6 +68,13 @@ async def drained(sock: socket.socket) -> None:
         await asyncio.sleep(0)
 
 
+def advance_clock(monkeypatch: pytest.MonkeyPatch, by_s: float) -> None:
+    """Make the running event loop believe that it is `by_s` later."""
+    loop = asyncio.get_running_loop()
+    clock = loop.time
+    monkeypatch.setattr(loop, "time", lambda: clock() + by_s)
+
+
 @contextmanager
 def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
     """The VMM's end, and ours; tests let a duplicate of ours be received from."""

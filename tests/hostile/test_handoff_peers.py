@@ -15,6 +15,7 @@ from support_handoff import (
     FIRECRACKER_1_7,
     FIRECRACKER_1_12,
     FRAMED,
+    advance_clock,
     drained,
     framed_with,
     no_descriptor_left,
@@ -106,11 +107,16 @@ async def test_a_whole_message_without_its_descriptor_is_named_when_the_vmm_clos
 
 
 @pytest.mark.parametrize("data", [FIRECRACKER_1_12, FRAMED], ids=["array", "framed"])
-async def test_a_whole_message_without_its_descriptor_is_named_when_time_is_up(data: bytes) -> None:
+async def test_a_whole_message_without_its_descriptor_is_named_when_time_is_up(
+    data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pair() as (vmm, ours), no_descriptor_left():
+        receiving = asyncio.create_task(receive_handoff(ours.dup(), timeout_s=1000))
         send(vmm, data)
+        await drained(vmm)
+        advance_clock(monkeypatch, 1001)
         with refused_with(Code.HANDOFF_NO_DESCRIPTOR):
-            await receive_handoff(ours.dup(), timeout_s=SHORT_S)
+            await receiving
 
 
 @pytest.mark.parametrize("data", [b"", b"[", FIRECRACKER_1_12[:-1], FRAMED[:4], FRAMED[:-1]])
