@@ -347,11 +347,17 @@ class Manager:
             self._forget_old()
 
     async def _on_default_handoff(self, handoff: Handoff) -> None:
-        waiting = [e for e in self._entries.values() if e.session.state is State.PREPARED]
+        waiting = [e for e in self._entries.values() if e.session.is_vacant]
         if len(waiting) == 1:
             await self._take(waiting[0], handoff)
         elif self._config.default_source and not waiting:
-            await self._take(await self._make_default(), handoff)
+            entry = await self._make_default()
+            try:
+                await self._take(entry, handoff)
+            except BaseException:
+                # Nobody prepared it, so nobody would cancel it, and the next VMM would get it for its own.
+                del self._entries[entry.session.spec.id]
+                raise
         else:
             self._count_handoff_error(Code.HANDOFF_NO_MIGRATION)
             raise HandoffError(

@@ -8,6 +8,7 @@ space is gone: closed earlier, absent pages would read as zero.
 from __future__ import annotations
 
 import asyncio
+import errno
 import signal
 import time
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .handoff.offer import Handoff
+    from .handoff.regions import MemoryRegion
     from .store import DescriptorStore
     from .transport import ImageInfo, TransportFactory
 
@@ -92,7 +94,6 @@ class Session:
         self._fetcher: Fetcher | None = None
         self._demux: Demultiplexer | None = None
         self._end: asyncio.Future[State] | None = None
-        self._settled = asyncio.Event()
         self._source_in_use = ""
         self._transport = ""
         self._reconnects = 0
@@ -109,6 +110,11 @@ class Session:
     def state(self) -> State:
         return self._state
 
+    @property
+    def is_vacant(self) -> bool:
+        """Whether a VMM may hand over."""
+        return self._state is State.PREPARED and self._memory is None
+
     # -- hand-off
 
     async def take(self, handoff: Handoff, socket_path: str) -> None:
@@ -121,18 +127,14 @@ class Session:
             HandoffError: BUSY, BEYOND_IMAGE, NOT_REGISTERED or STORE_FULL; KernelError: the store does not answer;
                 OSError: no memory or descriptor. `handoff` stays the caller's then.
         """
-        if self._state is not State.PREPARED or self._memory is not None:
+        if not self.is_vacant:
             raise HandoffError(
                 Code.HANDOFF_BUSY, f"migration {self.spec.id!r} has a VMM already; prepare one for each VMM"
             )
         handoff.check_image(self.image.size_bytes)
         uffd = handoff.uffd.fileno()
         for region in handoff.regions:
-            if not probe_registered(uffd, region):
-                raise HandoffError(
-                    Code.HANDOFF_NOT_REGISTERED,
-                    f"the region of {region} is not registered with the userfaultfd that came with it",
-                )
+            _check_registered(uffd, region)
         record = SessionRecord(
             spec=self.spec,
             image=self.image,
@@ -143,10 +145,7 @@ class Session:
             socket_is_liveness=handoff.socket_is_liveness,
             began_at=time.time(),
         )
-        state = StateMemory.fresh(self.spec.id, record.pages)
-        pager = Pager.create(state, handoff.regions, uffd)
-        state.descriptor = record.encode()
-        memory = Memory(Attachment.from_handoff(record, handoff), state, pager)
+        memory = _make_memory(record, handoff)
         crash_point("handoff.before_store")
         self._memory = memory
         try:
@@ -155,7 +154,7 @@ class Session:
             self._memory = None
             await self._unstore(memory)
             memory.pager.close()
-            state.close()
+            memory.state.close()
             raise
         self._begin(memory, "handoff.accepted")
 
@@ -221,16 +220,16 @@ class Session:
 
     async def _until_settled(self) -> State:
         """Wait for the end; a completion counts only if nothing new came with a last drain."""
-        assert self._end is not None
         assert self._demux is not None
-        assert self._memory is not None
-        end = await asyncio.shield(self._end)
-        if end is State.COMPLETE:
+        while True:
+            assert self._end is not None
+            end = await asyncio.shield(self._end)
+            if end is not State.COMPLETE:
+                return end
+            self._end = asyncio.get_running_loop().create_future()
             self._demux.drain()
-            while not self._memory.pager.is_complete():
-                self._settled.clear()
-                await self._settled.wait()
-        return end
+            if self._end.done():
+                return self._end.result()
 
     async def _tell_source(self) -> None:
         """Let the source go. The guest has its memory whatever comes of it."""
@@ -255,9 +254,10 @@ class Session:
         for _ in range(GONE_PROBES):
             try:
                 probe_registered(memory.uffd, memory.record.regions[0])
-            except KernelError:
-                self.on_vmm_gone()
-                return
+            except KernelError as error:
+                if error.errno == errno.ESRCH:
+                    self.on_vmm_gone()
+                    return
             await asyncio.sleep(GONE_PROBE_S)
         self._log.warning("vmm.peer_gone", detail="its memory lives on in another process; serving it")
 
@@ -301,7 +301,6 @@ class Session:
 
     def on_progress(self) -> None:
         if self._memory is not None and self._memory.pager.is_complete():
-            self._settled.set()
             self._finish(State.COMPLETE, None)
         self._changed()
 
@@ -454,6 +453,39 @@ class Session:
             memory,
             until - self._began,
         )
+
+
+def _check_registered(uffd: int, region: MemoryRegion) -> None:
+    """Raises HandoffError: the kernel does not serve `region` with `uffd`."""
+    try:
+        registered = probe_registered(uffd, region)
+    except KernelError as error:
+        match error.errno:
+            case errno.ESRCH:
+                raise HandoffError(Code.VMM_GONE, "the VMM ended right after its hand-off") from error
+            case errno.EINVAL:
+                raise HandoffError(
+                    Code.HANDOFF_PAGE_SIZE, f"the kernel has no pages of {region.page_size} bytes in {region}"
+                ) from error
+            case _:
+                raise
+    if not registered:
+        raise HandoffError(
+            Code.HANDOFF_NOT_REGISTERED,
+            f"the region of {region} is not registered with the userfaultfd that came with it",
+        )
+
+
+def _make_memory(record: SessionRecord, handoff: Handoff) -> Memory:
+    """Make the ledger; nothing stays open if that fails. Raises OSError, InvariantError."""
+    state = StateMemory.fresh(record.spec.id, record.pages)
+    try:
+        pager = Pager.create(state, handoff.regions, handoff.uffd.fileno())
+        state.descriptor = record.encode()
+    except BaseException:
+        state.close()
+        raise
+    return Memory(Attachment.from_handoff(record, handoff), state, pager)
 
 
 def _with_stats(
