@@ -35,12 +35,12 @@ int uffd_probe_registered(int fd, uint64_t start, uint64_t len_bytes);
 /* state.h */
 #define STATE_VERSION ...
 #define STATE_REGIONS_MAX ...
-struct region { uint64_t hva; uint64_t len_bytes; uint64_t image_offset; uint64_t first_page; uint32_t page_shift;
+struct region { uint64_t hva; uint64_t len_bytes; uint64_t image_offset; uint64_t first_page; uint64_t gpa; uint32_t page_shift;
 	uint32_t reserved; };
 struct counters {
 	uint64_t faults; uint64_t faults_outside; uint64_t arrived[2]; uint64_t zero_filled; uint64_t removed;
 	uint64_t duplicates; uint64_t bad_replies; uint64_t stale_replies; uint64_t bytes_received[2]; uint64_t retries;
-	uint64_t messages;
+	uint64_t messages; uint64_t exits;
 };
 struct state_header {
 	uint64_t pages; uint64_t descriptor_offset; uint32_t descriptor_capacity; uint32_t descriptor_len;
@@ -50,7 +50,7 @@ struct state_header {
 /* pager.h */
 enum lane { LANE_DEMAND, LANE_BULK, LANES };
 enum pager_signal { PAGER_SEND = 1, PAGER_MORE = 2, PAGER_STALLED = 4, PAGER_GONE = 8, PAGER_SHORT = 16, PAGER_FAILED = 32,
-	PAGER_DISTRUST = 64 };
+	PAGER_DISTRUST = 64, PAGER_RING_BROKEN = 128 };
 struct pager_failure { uint32_t op; int32_t error; uint64_t addr; uint64_t len_bytes; };
 struct pager_stats {
 	uint64_t pages, missing, requested, present, zero;
@@ -66,7 +66,7 @@ struct pager_stats {
 struct blocked_thread { uint32_t tid; uint64_t faults; uint64_t blocked_ns; ...; };
 struct waiters { struct blocked_thread thread[1024]; uint32_t threads; ...; };
 struct inflight { uint32_t requests[2]; ...; };
-struct pager { struct state_header *state; struct inflight inflight; struct region *region; struct pager_failure failure; struct ledger ledger;
+struct pager { int ring_error; struct state_header *state; struct inflight inflight; struct region *region; struct pager_failure failure; struct ledger ledger;
 	struct waiters waiters; uint64_t max_range_bytes; uint64_t bulk_inflight_bytes; ...; };
 uint64_t pager_state_bytes(uint64_t pages);
 struct pager *pager_create(void *state, uint64_t len_bytes, const struct region *regions, uint32_t count, int uffd,
@@ -86,6 +86,15 @@ void pager_reset_lane(struct pager *pager, enum lane lane);
 bool pager_is_complete(const struct pager *pager);
 int pager_release(struct pager *pager);
 bool pager_poison_missing(struct pager *pager);
+int pager_attach_ring(struct pager *pager, void *mem, size_t len);
+unsigned pager_on_doorbell(struct pager *pager, int doorbell);
+void pager_want_gpa(struct pager *pager, uint64_t gpa, uint64_t len_bytes);
+const char *exit_ring_error_text(int error);
+int exit_ring_map(int fd, void **mem, size_t *len);
+void exit_ring_unmap(void *mem, size_t len);
+#define WAITER_EXIT ...
+#define REGION_NO_GPA ...
+
 void pager_get_stats(const struct pager *pager, struct pager_stats *stats);
 
 /* crash.h */

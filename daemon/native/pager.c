@@ -112,6 +112,8 @@ void pager_destroy(struct pager *p)
 		return;
 	for (uint32_t i = 0; i < p->forks; i++)
 		close(p->fork[i]);
+	if (p->ring)
+		exit_ring_detach(p->ring);
 	waiters_deinit(&p->waiters);
 	free(p);
 }
@@ -175,11 +177,47 @@ static void on_minor(struct pager *p, const struct extent *e, uint64_t page, uin
 	}
 }
 
+static bool is_settled(const struct pager *p, uint64_t page)
+{
+	enum page_state state = ledger_state(&p->ledger, page);
+
+	return state == PAGE_PRESENT || state == PAGE_ZERO;
+}
+
+/* A waiter was not noted, so it is owed without a name: pager_retry wakes everybody when there is room. Waking it now would
+ * only bring the message back at once, ahead of the events that installs may be waiting for. */
+static void overflow(struct pager *p)
+{
+	p->overflowed = true;
+	p->signals |= PAGER_STALLED;
+}
+
+/* Somebody waits for `page`: note it, and do what the ledger says. */
+void pager_on_waiter(struct pager *p, uint64_t page, uint32_t tid, uint64_t now_ns)
+{
+	bool first;
+
+	if (!waiters_add(&p->waiters, page, tid, now_ns, &first)) {
+		overflow(p);
+		return;
+	}
+	switch (ledger_transition(PAGE_FAULTED, ledger_state(&p->ledger, page)).command) {
+	case PAGE_FETCH:
+	case PAGE_WAIT:
+		/* The first waiter asks even when the push has asked: the push may be far from sending it. */
+		if (first)
+			pager_want(p, page);
+		pager_note_hot(p, page);
+		break;
+	default:
+		pager_zero_fill(p, page);
+	}
+}
+
 static void on_fault(struct pager *p, const struct uffd_msg *m, uint64_t now_ns)
 {
 	uint64_t hva = m->arg.pagefault.address, flags = m->arg.pagefault.flags, page;
 	const struct extent *e = extents_at(p->extents, hva);
-	bool first;
 
 	p->counters->faults++;
 	if (!e) {
@@ -198,27 +236,14 @@ static void on_fault(struct pager *p, const struct uffd_msg *m, uint64_t now_ns)
 			p->edge->wake(p->uffd, extent_hva(e, page), 1ull << e->page_shift);
 		return;
 	}
-	if (!waiters_add(&p->waiters, page, m->arg.pagefault.feat.ptid, now_ns, &first)) {
-		/* Not noted, so owed without a name: pager_retry wakes everybody when there is room. Waking it now would
-		 * only bring the message back at once, ahead of the events that installs may be waiting for. */
-		p->overflowed = true;
-		p->signals |= PAGER_STALLED;
-		return;
-	}
-	switch (ledger_transition(PAGE_FAULTED, ledger_state(&p->ledger, page)).command) {
-	case PAGE_FETCH:
-	case PAGE_WAIT:
-		/* The first waiter asks even when the push has asked: the push may be far from sending it. */
-		if (first)
-			pager_want(p, page);
-		pager_note_hot(p, page);
-		break;
-	default:
-		if (flags & UFFD_PAGEFAULT_FLAG_MINOR)
+	if (flags & UFFD_PAGEFAULT_FLAG_MINOR && is_settled(p, page)) {
+		if (waiters_add(&p->waiters, page, m->arg.pagefault.feat.ptid, now_ns, &(bool){ false }))
 			on_minor(p, e, page, now_ns);
 		else
-			pager_zero_fill(p, page);
+			overflow(p);
+		return;
 	}
+	pager_on_waiter(p, page, m->arg.pagefault.feat.ptid, now_ns);
 }
 
 /* Pages that lie in [start, end) as a whole become ZERO. MADV_REMOVE of a part of a huge page announces just that part, but
@@ -242,6 +267,7 @@ static void forget(struct pager *p, uint64_t start, uint64_t end, bool unmapped)
 		count = (to - from) >> e->page_shift;
 		p->counters->removed += count;
 		ledger_apply_range(&p->ledger, PAGE_REMOVED, first, count);
+		pager_mark_resident(p, first, count, false);
 		if (unmapped)
 			waiters_resolve(&p->waiters, first, count, now_ns);
 		else
@@ -374,6 +400,8 @@ unsigned pager_drain(struct pager *p)
 		}
 		break;
 	}
+	if (p->ring)
+		pager_drain_exits(p);
 	p->draining = false;
 	return pager_take_signals(p);
 }
@@ -439,6 +467,10 @@ int pager_release(struct pager *p)
 
 		if (error)
 			last = error;
+	}
+	if (p->ring) {
+		exit_ring_mark(p->ring, 0, p->ring->residency_pages, true);
+		exit_ring_set_complete(p->ring);
 	}
 	return last;
 }

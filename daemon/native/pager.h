@@ -15,6 +15,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "exit_ring.h"
 #include "extents.h"
 #include "histogram.h"
 #include "inflight.h"
@@ -36,6 +37,7 @@ enum pager_signal {
 	PAGER_GONE = 8,	    /* the VMM's address space is gone */
 	PAGER_SHORT = 16,   /* no memory or huge page; implies STALLED */
 	PAGER_FAILED = 32,  /* the kernel answered outside of all policy: pager.failure */
+	PAGER_RING_BROKEN = 128, /* the exit ring is not served any more: pager.ring_error */
 	PAGER_DISTRUST = 64 /* the stream's replies make no sense: drop the connection */
 };
 
@@ -71,6 +73,9 @@ struct pager {
 	int uffd;
 	unsigned signals;
 	struct pager_failure failure;
+	struct exit_ring *ring; /* &ring_memory, or NULL */
+	struct exit_ring ring_memory;
+	int ring_error;
 
 	uint64_t wanted[WANTED_SLOTS]; /* pages to ask for at once; free-running indices */
 	uint32_t wanted_head, wanted_tail;
@@ -84,6 +89,7 @@ struct pager {
 	bool map_changed;
 	bool inherited;	 /* the inbox may hold messages that another process read */
 	bool overflowed; /* threads wait that are in no table */
+	bool poisoned;	 /* what waiters get is an error */
 	uint32_t forks;
 	int fork[FORKS_MAX]; /* userfaultfds of the VMM's children, ours to close */
 };
@@ -143,6 +149,19 @@ int pager_release(struct pager *pager);
  * and the guest still waits. */
 bool pager_poison_missing(struct pager *pager);
 
+/* Not of exit_ring.h: the ring itself is sound. */
+#define EXIT_RING_OUTSIDE -100 /* a fault at an address that no region has */
+
+/* Serve the exit ring in `mem`, which outlives the pager: a fresh one, or one that an earlier process served. 0, or an
+ * error of exit_ring.h. */
+int pager_attach_ring(struct pager *pager, void *mem, size_t len);
+
+/* The ring's doorbell is readable: empty it, then drain everything. */
+unsigned pager_on_doorbell(struct pager *pager, int doorbell);
+
+/* Ask for [gpa, gpa + len) at once, though nobody waits yet: what a vCPU's kernel reads by itself (page tables). */
+void pager_want_gpa(struct pager *pager, uint64_t gpa, uint64_t len_bytes);
+
 void pager_get_stats(const struct pager *pager, struct pager_stats *stats);
 
 /* Shared by the pager's own files. */
@@ -153,6 +172,9 @@ void pager_settle_zero(struct pager *pager, uint64_t first, uint64_t count);
 void pager_install(struct pager *pager, enum lane lane, uint64_t first, uint64_t count, const uint8_t *data);
 void pager_want(struct pager *pager, uint64_t page);
 void pager_note_hot(struct pager *pager, uint64_t page);
+void pager_on_waiter(struct pager *pager, uint64_t page, uint32_t tid, uint64_t now_ns);
+void pager_drain_exits(struct pager *pager);
+void pager_mark_resident(struct pager *pager, uint64_t first, uint64_t count, bool resident);
 void pager_fail(struct pager *pager, enum uffd_op op, int error, uint64_t hva, uint64_t len_bytes);
 
 static inline uint64_t region_offset_of_page(const struct region *region, uint64_t page)

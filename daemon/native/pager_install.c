@@ -88,6 +88,7 @@ void pager_zero_fill(struct pager *p, uint64_t page)
 		pager_fail(p, UFFD_OP_ZEROPAGE, r.error, hva, len);
 		return;
 	}
+	pager_mark_resident(p, page, 1, true);
 	waiters_resolve(&p->waiters, page, 1, pager_now_ns());
 }
 
@@ -118,6 +119,7 @@ static void arrived(struct pager *p, enum lane lane, uint64_t first, uint64_t co
 	CRASH_POINT("install.done");
 	ledger_apply_range(&p->ledger, PAGE_ARRIVED, first, count);
 	CRASH_POINT("install.marked");
+	pager_mark_resident(p, first, count, true);
 	p->counters->arrived[lane] += count;
 	waiters_resolve(&p->waiters, first, count, pager_now_ns());
 }
@@ -406,6 +408,7 @@ bool pager_poison_missing(struct pager *p)
 	const unsigned absent = 1u << PAGE_MISSING | 1u << PAGE_REQUESTED;
 	uint64_t page = 0;
 
+	p->poisoned = true;
 	while (page < p->ledger.pages) {
 		uint64_t run = ledger_run(&p->ledger, absent, page, p->ledger.pages), done;
 		const struct extent *e;

@@ -21,11 +21,14 @@
 #define STATE_DESCRIPTOR_BYTES (256u << 10)
 
 /* Memory as it was handed over; never changes. Pages are numbered through all regions in the order of the hand-off. */
+#define REGION_NO_GPA UINT64_MAX
+
 struct region {
 	uint64_t hva;
 	uint64_t len_bytes;
 	uint64_t image_offset;
 	uint64_t first_page;
+	uint64_t gpa; /* REGION_NO_GPA: the VMM did not say */
 	uint32_t page_shift;
 	uint32_t reserved;
 };
@@ -42,6 +45,7 @@ struct counters {
 	uint64_t bytes_received[LANES]; /* page data */
 	uint64_t retries;
 	uint64_t messages;
+	uint64_t exits; /* faults that came as exits */
 };
 
 struct state_header {
@@ -62,7 +66,7 @@ struct state_header {
 	struct counters counters;
 };
 
-_Static_assert(sizeof(struct region) == 40, "region layout");
+_Static_assert(sizeof(struct region) == 48, "region layout");
 _Static_assert(sizeof(struct state_header) == 88 + sizeof(struct counters), "state header layout");
 
 /* The header of fresh state memory for `pages` pages; its length is total_bytes. */

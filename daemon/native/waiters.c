@@ -129,6 +129,8 @@ static void account(struct waiters *w, const struct waiter *entry, uint64_t now_
 	histogram_add(&w->latency, ns);
 	t->faults++;
 	t->blocked_ns += ns;
+	if (entry->tid & WAITER_EXIT && w->answered)
+		w->answered(w->context, entry);
 }
 
 static uint32_t resolve_page(struct waiters *w, uint64_t page, uint64_t now_ns)

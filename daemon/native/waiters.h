@@ -21,6 +21,9 @@ struct waiter {
 	uint32_t reserved;
 };
 
+/* In a thread id: the waiter is a vCPU that reported by exit, and the rest is its number. Linux's thread ids are below 2^22. */
+#define WAITER_EXIT 0x80000000u
+
 struct blocked_thread {
 	uint32_t tid;
 	uint32_t reserved;
@@ -35,6 +38,9 @@ struct waiters {
 	struct histogram latency;
 	struct blocked_thread thread[BLOCKED_THREADS_MAX]; /* [0] is for unknown threads and those beyond the table */
 	uint32_t threads;
+	/* Called for each exit's waiter that is answered; NULL: there are none. */
+	void (*answered)(void *context, const struct waiter *entry);
+	void *context;
 };
 
 /* False if there is no memory. */

@@ -102,6 +102,9 @@ MODULES = (
             "pager.c",
             "pager_install.c",
             "pager_request.c",
+            "pager_exits.c",
+            "exit_ring.c",
+            "exit_ring_map.c",
         ),
     ),
     Module(
