@@ -44,7 +44,8 @@ def generate_protos() -> None:
 def build_native(names: list[str]) -> None:
     path = OUT / "postcopyd" / "_native" / "build.py"
     spec = importlib.util.spec_from_file_location("postcopyd_native_build", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

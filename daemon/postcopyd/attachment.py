@@ -12,15 +12,16 @@ import structlog
 
 from .errors import Code, HandoffError, InvariantError
 from .handoff.channel import receive_chunk
+from .handoff.message import EXIT_NOTIFY, EXIT_RING
+from .handoff.regions import MemoryRegion
+from .status import MigrationSpec
+from .transport import ImageInfo
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from .handoff.descriptors import OwnedFd
     from .handoff.offer import Handoff
-    from .handoff.regions import MemoryRegion
-    from .status import MigrationSpec
-    from .transport import ImageInfo
 
 log = structlog.get_logger(__name__)
 
@@ -28,6 +29,8 @@ UFFD = "uffd"
 STATE = "state"
 SOCKET = "socket"
 PIDFD = "pidfd"
+RING = "ring"
+DOORBELL = "doorbell"
 
 
 class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,11 +80,20 @@ class Attachment:
     uffd: OwnedFd
     sock: socket.socket | None
     pidfd: OwnedFd | None
+    ring: OwnedFd | None = None
+    doorbell: OwnedFd | None = None
 
     @classmethod
     def from_handoff(cls, record: SessionRecord, handoff: Handoff) -> Attachment:
         """Share the hand-off's descriptors: `handoff` must not be closed any more."""
-        return cls(record, handoff.uffd, handoff.sock, handoff.pidfd)
+        return cls(
+            record,
+            handoff.uffd,
+            handoff.sock,
+            handoff.pidfd,
+            ring=handoff.extras.get(EXIT_RING),
+            doorbell=handoff.extras.get(EXIT_NOTIFY),
+        )
 
     @classmethod
     def from_store(cls, record: SessionRecord, fds: Mapping[str, OwnedFd]) -> Attachment:
@@ -89,15 +101,20 @@ class Attachment:
         if SOCKET in fds:
             sock = socket.socket(fileno=fds[SOCKET].take())
             sock.setblocking(False)
-        return cls(record, fds[UFFD], sock, fds.get(PIDFD))
+        return cls(record, fds[UFFD], sock, fds.get(PIDFD), ring=fds.get(RING), doorbell=fds.get(DOORBELL))
+
+    @property
+    def doorbell_fileno(self) -> int | None:
+        return None if self.doorbell is None else self.doorbell.fileno()
 
     def descriptors(self) -> dict[str, int]:
         """What a store must hold, by kind; the state memory is not ours."""
         held = {UFFD: self.uffd.fileno()}
         if self.sock is not None:
             held[SOCKET] = self.sock.fileno()
-        if self.pidfd is not None:
-            held[PIDFD] = self.pidfd.fileno()
+        for kind, owned in ((PIDFD, self.pidfd), (RING, self.ring), (DOORBELL, self.doorbell)):
+            if owned is not None:
+                held[kind] = owned.fileno()
         return held
 
     async def wait_gone(self) -> None:
@@ -121,9 +138,9 @@ class Attachment:
         """Close all; idempotent. Only after the memory is unregistered, or gone."""
         if self.sock is not None:
             self.sock.close()
-        self.uffd.close()
-        if self.pidfd is not None:
-            self.pidfd.close()
+        for owned in (self.uffd, self.pidfd, self.ring, self.doorbell):
+            if owned is not None:
+                owned.close()
 
 
 async def _readable(fd: int) -> None:

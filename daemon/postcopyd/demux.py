@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from .pager import Pager, Signal
 
 if TYPE_CHECKING:
-    from .errors import KernelError
+    from .errors import HandoffError, KernelError
 
 RETRY_FIRST_S = 0.001
 RETRY_MAX_S = 0.1
@@ -33,19 +33,22 @@ class SignalHandler(Protocol):
 
     def on_distrust(self) -> None: ...
 
+    def on_ring_broken(self, error: HandoffError) -> None: ...
+
     def on_progress(self) -> None: ...
 
 
 class Demultiplexer:
-    """Watches the userfaultfd of one session.
+    """Watches the fault sources of one session: its userfaultfd and, where vCPUs report by exits, their ring's doorbell.
 
     A stall (a mapping that changes, memory that is short, a request queue that is full) is tried again after a pause
     that doubles; nothing is polled while nothing is stalled.
     """
 
-    def __init__(self, pager: Pager, uffd: int, handler: SignalHandler) -> None:
+    def __init__(self, pager: Pager, uffd: int, handler: SignalHandler, doorbell: int | None = None) -> None:
         self._pager = pager
         self._uffd = uffd
+        self._doorbell = doorbell
         self._handler = handler
         self._loop = asyncio.get_running_loop()
         self._retry: asyncio.TimerHandle | None = None
@@ -57,12 +60,16 @@ class Demultiplexer:
         """Begin to watch; answers at once what is waiting already."""
         self._watching = True
         self._loop.add_reader(self._uffd, self.drain)
+        if self._doorbell is not None:
+            self._loop.add_reader(self._doorbell, self._on_doorbell, self._doorbell)
         self.drain()
 
     def stop(self) -> None:
         """Watch no more; idempotent. The descriptor stays open."""
         if self._watching:
             self._loop.remove_reader(self._uffd)
+            if self._doorbell is not None:
+                self._loop.remove_reader(self._doorbell)
             self._watching = False
         if self._retry is not None:
             self._retry.cancel()
@@ -73,6 +80,9 @@ class Demultiplexer:
         if self._watching:
             self.dispatch(self._pager.drain())
 
+    def _on_doorbell(self, doorbell: int) -> None:
+        self.dispatch(self._pager.on_doorbell(doorbell))
+
     def dispatch(self, signals: Signal) -> None:
         """Act on what a call into the pager asked for."""
         if signals & Signal.GONE:
@@ -81,6 +91,8 @@ class Demultiplexer:
             self._handler.on_kernel_failure(self._pager.failure())
         if signals & Signal.DISTRUST:
             self._handler.on_distrust()
+        if signals & Signal.RING_BROKEN:
+            self._handler.on_ring_broken(self._pager.ring_failure())
         if signals & Signal.SHORT and not self._short:
             self._short = True
             self._retry_s = 0.0

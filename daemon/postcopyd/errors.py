@@ -36,6 +36,7 @@ class Code(StrEnum):
     HANDOFF_VERSION = "handoff.version"
     HANDOFF_BUSY = "handoff.busy"
     HANDOFF_NO_MIGRATION = "handoff.no_migration"
+    EXIT_RING_BROKEN = "exit_ring.broken"
     STORE_FULL = "store.full"
     STORE_INCOMPLETE = "store.incomplete"
 
@@ -231,6 +232,11 @@ CATALOGUE: dict[Code, Entry] = {
         HandoffError,
         "A VMM connected to the default socket, and it is not clear for which migration.",
         "Prepare exactly one, name a default source in the configuration, or use the socket that `prepare` printed.",
+    ),
+    Code.EXIT_RING_BROKEN: Entry(
+        HandoffError,
+        "The exit ring that a VMM shares breaks its rules: size, seals, indices, addresses.",
+        "A bug of the VMM, or a VMM taken over by its guest: end it. Its vCPUs wait until then; no other VM is touched.",
     ),
     Code.STORE_FULL: Entry(
         HandoffError,

@@ -14,6 +14,7 @@ import structlog
 from .attachment import STATE, UFFD, Attachment, SessionRecord
 from .crash import crash_point
 from .errors import Code, HandoffError, InvariantError, MigrationError, PostcopyError, SourceError
+from .handoff.message import EXIT_NOTIFY, EXIT_RING
 from .handoff.socket import HandoffListener
 from .pager import StateMemory
 from .prepared import PreparedRecord, PreparedStore
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from .transport import ImageInfo, TransportFactory
 
 log = structlog.get_logger(__name__)
+
+SERVED = frozenset({UFFD, EXIT_RING, EXIT_NOTIFY})
+"""Descriptors of a framed hand-off that a session uses."""
 
 FINISHED_KEPT = 64
 """So many ended migrations can still be looked at; the oldest are forgotten."""
@@ -205,7 +209,7 @@ class Manager:
 
     def listen_by_default(self, path: str) -> None:
         """Take VMMs at a socket that no `prepare` gave out. Raises ConfigError, MigrationError."""
-        listener = HandoffListener(path, timeout_s=self._config.handoff_timeout_s)
+        listener = HandoffListener(path, timeout_s=self._config.handoff_timeout_s, served=SERVED)
         listener.open()
         self._default_listener = listener
         self._default_task = asyncio.ensure_future(
@@ -296,7 +300,7 @@ class Manager:
         return entry
 
     def _listen(self, entry: Entry) -> None:
-        listener = HandoffListener(entry.socket_path, timeout_s=self._config.handoff_timeout_s)
+        listener = HandoffListener(entry.socket_path, timeout_s=self._config.handoff_timeout_s, served=SERVED)
         listener.open()
         entry.listener = listener
 

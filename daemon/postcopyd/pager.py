@@ -14,8 +14,17 @@ from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from typing import TYPE_CHECKING
 
-from ._native.core import CData, address_of_feed, ffi, lib
-from .errors import InvariantError, KernelError
+from ._native.core import (
+    REGION_NO_GPA,
+    RING_OUTSIDE,
+    WAITER_EXIT,
+    CData,
+    address_of_feed,
+    ffi,
+    lib,
+    ring_error_text,
+)
+from .errors import Code, HandoffError, InvariantError, KernelError
 from .status import Latency, ThreadBlocktime
 
 if TYPE_CHECKING:
@@ -37,6 +46,7 @@ class Signal(IntFlag):
     SHORT = 16
     FAILED = 32
     DISTRUST = 64
+    RING_BROKEN = 128
 
 
 class Lane(IntEnum):
@@ -54,6 +64,7 @@ class PagerStats:
     present: int
     zero: int
     faults: int
+    exits: int
     faults_outside: int
     demand: int
     pushed: int
@@ -85,6 +96,11 @@ def probe_registered(uffd: int, region: MemoryRegion) -> bool:
         if answer == 0:
             return False
     return True
+
+
+def _ring_error(error: int) -> HandoffError:
+    text = "a fault lies outside of every region" if error == RING_OUTSIDE else ring_error_text(error)
+    return HandoffError(Code.EXIT_RING_BROKEN, f"the VMM's exit ring cannot be served: {text}")
 
 
 class StateMemory:
@@ -156,6 +172,7 @@ class Pager:
             raise InvariantError("the pager's state memory is not usable")
         self._pager = pager
         self.state = state
+        self._ring: tuple[CData, int] | None = None
         self._out = ffi.new("uint8_t[]", REQUEST_BYTES)
         self._out_view = ffi.buffer(self._out)
         self._claimed = ffi.new("uint64_t *")
@@ -171,6 +188,8 @@ class Pager:
             entry.hva = region.host_addr
             entry.len_bytes = region.size_bytes
             entry.image_offset = region.image_offset
+            gpa = region.guest_phys_addr
+            entry.gpa = REGION_NO_GPA if gpa is None else gpa
             entry.page_shift = region.page_size.bit_length() - 1
         pager = lib.pager_create(state.memory, state.len_bytes, table, len(regions), uffd, edge or ffi.NULL)
         return cls(pager, state)
@@ -188,8 +207,41 @@ class Pager:
         """Free the pager, not the state; idempotent."""
         if self._pager is not None:
             lib.pager_destroy(self._pager)
+            self._unmap_ring()
         # Not NULL, which the C would follow: a call on a closed pager is a TypeError.
         self._pager = None
+
+    def attach_ring(self, fd: int) -> None:
+        """Serve the fault exits of vCPUs in the ring that `fd`, a sealed memfd, holds; `fd` stays the caller's.
+
+        Raises:
+            HandoffError: EXIT_RING_BROKEN: not a ring that can be served.
+        """
+        memory, length = ffi.new("void **"), ffi.new("size_t *")
+        error = lib.exit_ring_map(fd, memory, length)
+        if error == 0:
+            self._ring = (memory[0], length[0])
+            error = lib.pager_attach_ring(self._pager, *self._ring)
+        if error:
+            self._unmap_ring()
+            raise _ring_error(error)
+
+    def _unmap_ring(self) -> None:
+        if self._ring is not None:
+            lib.exit_ring_unmap(*self._ring)
+            self._ring = None
+
+    def ring_failure(self) -> HandoffError:
+        """What Signal.RING_BROKEN is about."""
+        return _ring_error(self._pager.ring_error)
+
+    def on_doorbell(self, doorbell: int) -> Signal:
+        """The exit ring's eventfd is readable: empty it, and answer what ring and kernel have."""
+        return Signal(lib.pager_on_doorbell(self._pager, doorbell))
+
+    def want(self, gpa: int, len_bytes: int) -> None:
+        """Ask for guest physical memory at once, though nobody waits for it yet."""
+        lib.pager_want_gpa(self._pager, gpa, len_bytes)
 
     def drain(self) -> Signal:
         """Read and answer what the kernel has."""
@@ -285,6 +337,7 @@ class Pager:
             present=s.present,
             zero=s.zero,
             faults=c.faults,
+            exits=c.exits,
             faults_outside=c.faults_outside,
             demand=c.arrived[Lane.DEMAND],
             pushed=c.arrived[Lane.BULK],
@@ -310,7 +363,12 @@ class Pager:
         """Per thread of the VMM; tid 0 gathers what has no name."""
         waiters = self._pager.waiters
         return tuple(
-            ThreadBlocktime(tid=t.tid, faults=t.faults, blocktime_us=t.blocked_ns // 1000)
+            ThreadBlocktime(
+                tid=t.tid & ~WAITER_EXIT,
+                is_vcpu=bool(t.tid & WAITER_EXIT),
+                faults=t.faults,
+                blocktime_us=t.blocked_ns // 1000,
+            )
             for t in waiters.thread[0 : waiters.threads]
             if t.faults
         )

@@ -12,13 +12,13 @@ import msgspec
 import structlog
 
 from .errors import Code, ConfigError
+from .status import MigrationSpec
+from .transport import ImageInfo
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from .status import MigrationSpec
-    from .transport import ImageInfo
 
 log = structlog.get_logger(__name__)
 

@@ -22,6 +22,7 @@ from .crash import crash_point
 from .demux import Demultiplexer
 from .errors import Code, HandoffError, KernelError, MigrationError, PostcopyError, SourceError
 from .fetcher import Fetcher
+from .handoff.message import EXIT_NOTIFY, EXIT_RING
 from .installer import Installer
 from .pager import Pager, PagerStats, StateMemory, probe_registered
 from .status import NEXT_STATES, Limits, MigrationSpec, MigrationStatus, OnLoss, State, ThreadBlocktime
@@ -102,6 +103,7 @@ class Session:
         self._source_released = False
         self._began = self._ended = time.monotonic()
         self._cancelling = False
+        self._broken = False
         self._poisoned = False
         self._last_stats: PagerStats | None = None
         self._last_blocktime: tuple[ThreadBlocktime, ...] = ()
@@ -161,6 +163,8 @@ class Session:
     def adopt(self, vmm: Attachment, state: StateMemory) -> None:
         """Go on with a session of an earlier process. Raises InvariantError: its state memory is unusable."""
         memory = Memory(vmm, state, Pager.adopt(state, vmm.uffd.fileno()))
+        if vmm.ring is not None:
+            memory.pager.attach_ring(vmm.ring.fileno())
         self._memory = memory
         crash_point("adopt.woken")
         self._begin(memory, "session.adopted")
@@ -190,7 +194,7 @@ class Session:
         memory = self._memory
         assert memory is not None
         self._end = asyncio.get_running_loop().create_future()
-        self._demux = Demultiplexer(memory.pager, memory.uffd, self)
+        self._demux = Demultiplexer(memory.pager, memory.uffd, self, memory.vmm.doorbell_fileno)
         self._fetcher = Fetcher(
             memory.pager,
             self.image,
@@ -299,7 +303,20 @@ class Session:
         if self._fetcher is not None:
             self._fetcher.distrust()
 
+    def on_ring_broken(self, error: HandoffError) -> None:
+        """Nothing from this VMM can be believed: it is not served on, and its memory stays absent until it ends."""
+        self._error = error
+        self._log.error("exit_ring.broken", code=error.code, error=str(error))
+        self._broken = True
+        if self._demux is not None:
+            self._demux.stop()
+        if self._fetcher is not None:
+            self._fetcher.hold_push(True)
+        self._enter(State.FAILED)
+
     def on_progress(self) -> None:
+        if self._broken:
+            return
         if self._memory is not None and self._memory.pager.is_complete():
             self._finish(State.COMPLETE, None)
         self._changed()
@@ -485,7 +502,24 @@ def _make_memory(record: SessionRecord, handoff: Handoff) -> Memory:
     except BaseException:
         state.close()
         raise
+    try:
+        _attach_exits(pager, handoff)
+    except BaseException:
+        pager.close()
+        state.close()
+        raise
     return Memory(Attachment.from_handoff(record, handoff), state, pager)
+
+
+def _attach_exits(pager: Pager, handoff: Handoff) -> None:
+    """Serve the VMM's exit ring, if it handed one over, and ask for what must be there before a vCPU runs."""
+    ring, doorbell = handoff.extras.get(EXIT_RING), handoff.extras.get(EXIT_NOTIFY)
+    if (ring is None) is not (doorbell is None):
+        raise HandoffError(Code.EXIT_RING_BROKEN, "an exit ring and its doorbell come together or not at all")
+    if ring is not None:
+        pager.attach_ring(ring.fileno())
+    for pinned in handoff.message.pinned:
+        pager.want(pinned.gpa, pinned.size_bytes)
 
 
 def _with_stats(
@@ -509,6 +543,7 @@ def _with_stats(
         pages_removed=stats.removed,
         pages_requested=stats.requested,
         faults=stats.faults,
+        exits=stats.exits,
         waiting=stats.waiting,
         oldest_wait_us=stats.oldest_wait_us,
         bytes_received=stats.bytes_received,

@@ -81,11 +81,15 @@ class Latency(msgspec.Struct, frozen=True):
 
 
 class ThreadBlocktime(msgspec.Struct, frozen=True):
-    """How long one thread of the VMM stood still. tid as the kernel's fault message gives it."""
+    """How long one thread of the VMM stood still.
+
+    tid: as the kernel's fault message gives it; if is_vcpu, the number of a vCPU that reported by exits.
+    """
 
     tid: int
     faults: int
     blocktime_us: int
+    is_vcpu: bool = False
 
 
 class MigrationStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,6 +116,7 @@ class MigrationStatus(msgspec.Struct, frozen=True, kw_only=True):
     pages_removed: int = 0
     pages_requested: int = 0
     faults: int = 0
+    exits: int = 0
     waiting: int = 0
     oldest_wait_us: int = 0
     bytes_received: int = 0

@@ -123,7 +123,15 @@ MODULES = (
     Module(
         "vmm",
         headers=("vmm.h",),
-        sources=("vmm.c", "vmm_walk.c", "vmm_guest.c", "vmm_kvm.c", "vmm_process.c", "vmm_image.c", "vmm_host.c"),
+        sources=(
+            "vmm.c",
+            "vmm_walk.c",
+            "vmm_guest.c",
+            "vmm_kvm.c",
+            "vmm_process.c",
+            "vmm_image.c",
+            "vmm_host.c",
+        ),
         libraries=("pthread",),
     ),
     Module(

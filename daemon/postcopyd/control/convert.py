@@ -21,7 +21,7 @@ _SAME = (
     "id", "socket_path", "source_in_use", "epoch", "vmm_pid", "handoff_format", "transport",
     "page_size", "memory_bytes", "pages_total", "pages_installed", "pages_demand", "pages_pushed",
     "pages_zero", "pages_removed",
-    "faults", "waiting", "oldest_wait_us", "bytes_received", "bad_replies", "duplicates",
+    "faults", "exits", "waiting", "oldest_wait_us", "bytes_received", "bad_replies", "duplicates",
     "retries", "reconnects", "memory_short", "elapsed_s", "source_released", "error_code", "error",
 )  # fmt: skip
 
@@ -113,7 +113,9 @@ def status_to_pb(status: MigrationStatus) -> pb.Migration:
             max_us=latency.max,
         ),
         blocktime=[
-            pb.ThreadBlocktime(tid=thread.tid, faults=thread.faults, blocktime_us=thread.blocktime_us)
+            pb.ThreadBlocktime(
+                tid=thread.tid, faults=thread.faults, blocktime_us=thread.blocktime_us, is_vcpu=thread.is_vcpu
+            )
             for thread in status.blocktime
         ],
     )
@@ -140,6 +142,7 @@ def status_from_pb(message: pb.Migration) -> MigrationStatus:
             latency.count, latency.p50_us, latency.p90_us, latency.p99_us, latency.max_us
         ),
         blocktime=tuple(
-            ThreadBlocktime(thread.tid, thread.faults, thread.blocktime_us) for thread in message.blocktime
+            ThreadBlocktime(thread.tid, thread.faults, thread.blocktime_us, thread.is_vcpu)
+            for thread in message.blocktime
         ),
     )

@@ -26,8 +26,8 @@ import msgspec
 from ..errors import Code, HandoffError
 from ..units import PAGE_SIZE, Gpa, Hva, Offset
 from . import fields
-from .message import MAX_MESSAGE_BYTES, UFFD, HandoffMessage, Incomplete, Missing, Mode
-from .regions import MemoryRegion, check_regions
+from .message import MAX_MESSAGE_BYTES, UFFD, HandoffMessage, Incomplete, Missing, Mode, PinnedRange
+from .regions import U64_LIMIT, MemoryRegion, check_regions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Set
@@ -37,6 +37,9 @@ VERSION = 0
 LENGTH = struct.Struct("<I")
 MAX_BODY_BYTES = MAX_MESSAGE_BYTES - LENGTH.size
 _U32_LIMIT = 1 << 32
+MAX_PINNED_RANGES = 256
+MAX_PINNED_BYTES = 64 << 20
+"""Of one range: page tables and descriptor tables are small."""
 
 
 class AddRegion(msgspec.Struct, frozen=True):
@@ -170,7 +173,25 @@ def _parse_handoff(body: bytes, served: Set[str]) -> HandoffMessage:
         wants_ack=True,
         socket_is_liveness=True,
         sends_events=True,
+        pinned=_pinned(message),
     )
+
+
+def _pinned(message: Mapping[str, object]) -> tuple[PinnedRange, ...]:
+    if message.get("pinned") is None:
+        return ()
+    ranges = fields.as_array(message["pinned"], "pinned")
+    if len(ranges) > MAX_PINNED_RANGES:
+        raise fields.wrong("pinned", f"at most {MAX_PINNED_RANGES} ranges", len(ranges))
+    pinned = []
+    for index, entry in enumerate(ranges):
+        where = f"pinned[{index}]"
+        values = fields.as_object(entry, where)
+        gpa, size = fields.unsigned(values, "gpa", where), fields.unsigned(values, "size", where)
+        if size > MAX_PINNED_BYTES or gpa + size > U64_LIMIT:
+            raise fields.wrong(where, f"a range of at most {MAX_PINNED_BYTES} bytes", size)
+        pinned.append(PinnedRange(Gpa(gpa), size))
+    return tuple(pinned)
 
 
 def _mode(text: str) -> Mode:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from enum import Flag, StrEnum, auto
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import msgspec
 
-if TYPE_CHECKING:
-    from .regions import MemoryRegion
+from ..units import Gpa
+from .regions import MemoryRegion
 
 MAX_MESSAGE_BYTES = 64 << 10
 """The longest hand-off that is read, header included; a thousand regions fit."""
@@ -18,6 +18,8 @@ BLANKS = b" \t\r\n"
 
 UFFD = "uffd"
 MEMFD = "memfd"
+EXIT_RING = "exit_ring"
+EXIT_NOTIFY = "exit_notify"
 
 
 class Mode(Flag):
@@ -43,6 +45,13 @@ class Incomplete(msgspec.Struct, frozen=True):
     missing: Missing
 
 
+class PinnedRange(msgspec.Struct, frozen=True):
+    """Guest physical memory, bytes."""
+
+    gpa: Gpa
+    size_bytes: int
+
+
 class HandoffMessage(msgspec.Struct, frozen=True, kw_only=True):
     """One parsed hand-off. Its regions passed `check_regions`, but for the image's size.
 
@@ -51,6 +60,7 @@ class HandoffMessage(msgspec.Struct, frozen=True, kw_only=True):
     vmm_pid: as the VMM sees itself, so in its own PID name space; never to be used as a process id here.
     socket_is_liveness: the VMM keeps its socket open for as long as it lives, so a hang-up means its end.
     sends_events: framed messages may follow; without it, nothing may.
+    pinned: what must be there before a vCPU runs, as the kernel itself reads it (page tables, descriptor tables).
     leftover: bytes that came after the hand-off; they belong to whoever reads the socket next.
     """
 
@@ -64,6 +74,7 @@ class HandoffMessage(msgspec.Struct, frozen=True, kw_only=True):
     socket_is_liveness: bool
     sends_events: bool = False
     leftover: bytes = b""
+    pinned: tuple[PinnedRange, ...] = ()
 
 
 class HandoffParser(Protocol):

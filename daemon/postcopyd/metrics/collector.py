@@ -7,6 +7,7 @@ bounded: the manager forgets final migrations and limits the others; states and 
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -14,15 +15,14 @@ import msgspec
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
 from postcopyd import __version__
-from postcopyd.status import State
+from postcopyd.errors import Code
+from postcopyd.status import MigrationStatus, State
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator
 
     from prometheus_client.core import Metric
 
-    from postcopyd.errors import Code
-    from postcopyd.status import MigrationStatus
 
 # 2^27 µs are 134 s; what took longer is in +Inf.
 MAX_BUCKETS = 27
