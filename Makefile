@@ -5,8 +5,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup
 APT := build-essential python3-dev python3-venv pkg-config libnghttp2-dev libxxhash-dev libcapstone-dev iproute2 nftables systemd
-# hatchling asks for it in an isolated build only; an editable install needs it in any.
-EDITABLES := editables==0.6
 
 C_SOURCES := $(wildcard daemon/native/*.c daemon/libpostcopy/*.c)
 C_CHECK := gcc -std=gnu11 -fsyntax-only -Wall -Wextra -Werror -Wshadow -Wstrict-prototypes -Idaemon/native -Idaemon/libpostcopy
@@ -33,7 +31,7 @@ apt:
 $(STAMP): pyproject.toml constraints.txt daemon/build_hook.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, $(PYTHON) is " + sys.version.split()[0] + "; name another: make setup PYTHON=python3.12")'
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt $(EDITABLES) $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])')
+	$(BIN)/pip install -q -c constraints.txt $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])')
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
 

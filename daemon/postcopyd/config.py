@@ -88,6 +88,13 @@ class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     http: Annotated[
         str, Meta(description="HOST:PORT of /healthz, /readyz and /metrics; empty: off. Unauthenticated.")
     ] = "127.0.0.1:9464"
+    vmm_socket_mode: Annotated[
+        str,
+        Meta(
+            pattern="^0[0-7]{3}$",
+            description="Permissions of the sockets for VMMs: who can write can hand memory over.",
+        ),
+    ] = "0600"
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Meta(description="Least level that is logged.")
     ] = "info"

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+SOCKET_NAME = "vmm"
+"""FileDescriptorName of postcopyd.socket."""
+
 
 class Daemon:
     """One daemon process.
@@ -61,10 +64,13 @@ class Daemon:
             await stack.enter_async_context(control)
             await self._start_http(stack)
             stored, others = group(listen_fds())
+            passed = others.pop(SOCKET_NAME, None)
             for name in others:
                 log.warning("store.unknown", name=name, detail="kept open")
             await self._manager.adopt(stored)
-            if self._config.default_socket:
+            if passed is not None:
+                self._manager.take_default_socket(passed)
+            elif self._config.default_socket:
                 self._manager.listen_by_default(self._config.default_socket)
             self._start_watchdog(stack)
             self._readiness.release("starting")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -209,8 +210,26 @@ class Manager:
 
     def listen_by_default(self, path: str) -> None:
         """Take VMMs at a socket that no `prepare` gave out. Raises ConfigError, MigrationError."""
-        listener = HandoffListener(path, timeout_s=self._config.handoff_timeout_s, served=SERVED)
+        listener = self._new_listener(path)
         listener.open()
+        self._serve_by_default(listener)
+
+    def take_default_socket(self, passed: OwnedFd) -> None:
+        """The same with a socket that the service manager holds: a VMM that connects while we restart waits."""
+        sock = socket.socket(fileno=passed.take())
+        listener = self._new_listener(sock.getsockname())
+        listener.take(sock)
+        self._serve_by_default(listener)
+
+    def _new_listener(self, path: str) -> HandoffListener:
+        return HandoffListener(
+            path,
+            mode=int(self._config.vmm_socket_mode, 8),
+            timeout_s=self._config.handoff_timeout_s,
+            served=SERVED,
+        )
+
+    def _serve_by_default(self, listener: HandoffListener) -> None:
         self._default_listener = listener
         self._default_task = asyncio.ensure_future(
             listener.serve(self._on_default_handoff, self._on_handoff_failure)
@@ -300,7 +319,7 @@ class Manager:
         return entry
 
     def _listen(self, entry: Entry) -> None:
-        listener = HandoffListener(entry.socket_path, timeout_s=self._config.handoff_timeout_s, served=SERVED)
+        listener = self._new_listener(entry.socket_path)
         listener.open()
         entry.listener = listener
 

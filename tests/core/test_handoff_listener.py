@@ -200,11 +200,14 @@ async def test_without_a_descriptor_to_spare_accepting_goes_on_later(
             (await handoffs.get()).close()
 
 
-def test_the_socket_has_its_mode_and_its_new_directory_is_private(path: Path) -> None:
-    listener = HandoffListener(path, mode=0o620)
+@pytest.mark.parametrize(("mode", "directory_mode"), [(0o600, 0o700), (0o620, 0o710)])
+def test_the_socket_has_its_mode_and_its_new_directory_lets_no_other_pass(
+    path: Path, mode: int, directory_mode: int
+) -> None:
+    listener = HandoffListener(path, mode=mode)
     listener.open()
-    assert stat.S_IMODE(path.stat().st_mode) == 0o620
-    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+    assert stat.S_IMODE(path.parent.stat().st_mode) == directory_mode
     listener.close()
     listener.close()
     assert not path.exists()

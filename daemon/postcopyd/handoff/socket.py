@@ -70,7 +70,8 @@ class HandoffListener:
         _check_path(self.path)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
-            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # Whom the socket lets in must reach it: the directory's group may pass if the socket's may write.
+            self.path.parent.mkdir(mode=0o710 if self._mode & 0o060 else 0o700, parents=True, exist_ok=True)
             _remove_stale(self.path)
             sock.bind(str(self.path))
             self._inode = _inode(self.path)
@@ -88,6 +89,21 @@ class HandoffListener:
             raise
         self._sock = sock
         log.info("handoff.listening", path=str(self.path))
+
+    def take(self, sock: socket.socket) -> None:
+        """Use a socket that listens already, as the service manager's; its file stays when this is closed.
+
+        Raises:
+            ConfigError: ARGUMENT_INVALID: it is no listening UNIX stream socket.
+        """
+        listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM or not listens:
+            raise ConfigError(
+                Code.ARGUMENT_INVALID, "the socket passed for VMMs does not listen on a UNIX path"
+            )
+        sock.setblocking(False)
+        self._sock = sock
+        log.info("handoff.listening", path=str(self.path), passed=True)
 
     async def serve(self, on_handoff: OnHandoff, on_failure: OnFailure | None = None) -> None:
         """Accept VMMs until cancelled; a slow one delays no other.
