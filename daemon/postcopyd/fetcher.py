@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 import structlog
 
 from .errors import Code, SourceError
-from .pacing import TokenBucket
+from .pacing import Share, TokenBucket
 from .pager import Lane, Pager
 from .units import KIB, MIB
 from .v1 import page_source_pb2 as pb
@@ -32,7 +32,11 @@ RUN_BYTES = 256 * KIB
 """The push asks, and its replies are installed, in pieces of this: one never holds the event loop for long."""
 
 WINDOW_BYTES = 2 * MIB
-"""Outstanding push bytes: enough for 1 GiB/s at 2 ms, little enough that a wanted page is never far behind."""
+"""Outstanding push bytes of one migration: enough for 1 GiB/s at 2 ms, little enough that a wanted page is never far
+behind."""
+
+TOTAL_WINDOW_BYTES = 16 * MIB
+"""Of all migrations of a daemon."""
 
 BACKOFF_FIRST_S = 0.05
 BACKOFF_MAX_S = 2.0
@@ -96,6 +100,7 @@ class Fetcher:
         *,
         run_align: int,
         limits: Limits,
+        share: Share,
         silent_after_s: float = 10.0,
     ) -> None:
         self._pager = pager
@@ -105,7 +110,7 @@ class Fetcher:
         self._listener = listener
         self._run_align = run_align
         self._run_bytes = max(RUN_BYTES, run_align)
-        self._window_bytes = max(WINDOW_BYTES, 2 * run_align)
+        self._share = share
         self._bucket = TokenBucket(limits.push_rate)
         self._silent_after_s = silent_after_s
         self._link: Link | None = None
@@ -120,7 +125,8 @@ class Fetcher:
         pager.set_max_range(image.max_range_bytes or MIB)
 
     def set_limits(self, limits: Limits) -> None:
-        """Take a new push rate at once."""
+        """Take a new push rate and weight at once."""
+        self._share.weight = limits.weight
         self._refund()
         self._bucket = TokenBucket(limits.push_rate)
         # What is on its way counts at the new rate, so that its refund finds what it gives back.
@@ -317,7 +323,7 @@ class Fetcher:
         if link is None or not link.push_open or self._held or self._push_timer is not None:
             return
         self._refund()
-        while (room := self._window_bytes - self._pager.bulk_inflight_bytes) > 0 and self._pager.missing:
+        while (room := self._window_bytes() - self._pager.bulk_inflight_bytes) > 0 and self._pager.missing:
             if not self._bucket.may_spend(self._loop.time()):
                 self._push_timer = self._loop.call_later(self._bucket.delay_s(), self._push_again)
                 return
@@ -330,6 +336,10 @@ class Fetcher:
             self._charged += claimed
             link.bulk.send(body)
             self._watch_silence()
+
+    def _window_bytes(self) -> int:
+        """At least two pieces, or the second would wait for the first's round trip."""
+        return max(self._share.window_bytes, 2 * self._run_bytes)
 
     def _push_again(self) -> None:
         if self._push_timer is not None:

@@ -15,8 +15,10 @@ import structlog
 from .attachment import STATE, UFFD, Attachment, SessionRecord
 from .crash import crash_point
 from .errors import Code, HandoffError, InvariantError, MigrationError, PostcopyError, SourceError
+from .fetcher import TOTAL_WINDOW_BYTES, WINDOW_BYTES
 from .handoff.message import EXIT_NOTIFY, EXIT_RING
 from .handoff.socket import HandoffListener
+from .pacing import Shares
 from .pager import StateMemory
 from .prepared import PreparedRecord, PreparedStore
 from .session import Session
@@ -83,6 +85,7 @@ class Manager:
         self._config = config
         self._factory = factory
         self._store = store
+        self._shares = Shares(TOTAL_WINDOW_BYTES, WINDOW_BYTES)
         self._count_handoff_error = count_handoff_error
         self._prepared = PreparedStore(Path(config.state_dir) / "prepared")
         self._entries: dict[str, Entry] = {}
@@ -312,6 +315,7 @@ class Manager:
             changed=lambda: entry.changed(),  # noqa: PLW0108 - the entry is made behind it
             silent_after_s=self._config.silent_after_s,
             store=self._store,
+            shares=self._shares,
         )
         entry = Entry(session, path)
         self._entries.pop(spec.id, None)

@@ -1,4 +1,4 @@
-"""Token bucket for the background push. Sans clock: the caller says what time it is."""
+"""How much the background push may ask for: a rate for one migration, shares among those of a daemon. Sans clock."""
 
 from __future__ import annotations
 
@@ -45,3 +45,51 @@ class TokenBucket:
         if self.rate == 0 or self._level >= 0:
             return 0.0
         return -self._level / self.rate
+
+
+class Shares:
+    """Outstanding push bytes of all migrations of a daemon, divided by weight.
+
+    With equal round trips, what a migration gets is proportional to what it may have outstanding, so windows in the ratio
+    of the weights are a fair division that costs nothing and needs no scheduler.
+
+    Args:
+        total_bytes: of all together; bounds the daemon's memory and a wanted page's wait behind the push.
+        most_bytes: of one migration of the default weight.
+    """
+
+    def __init__(self, total_bytes: int, most_bytes: int) -> None:
+        self._total_bytes = total_bytes
+        self._most_bytes = most_bytes
+        self._members: set[Share] = set()
+
+    def join(self, weight: int) -> Share:
+        """Give a migration its share; it leaves with `Share.leave`."""
+        share = Share(self, weight)
+        self._members.add(share)
+        return share
+
+    def leave(self, share: Share) -> None:
+        self._members.discard(share)
+
+    def window_bytes(self, weight: int) -> int:
+        """What a member of `weight` may have outstanding now."""
+        everyone = sum(member.weight for member in self._members)
+        heaviest = max((member.weight for member in self._members), default=weight)
+        return min(self._total_bytes * weight // max(everyone, weight), self._most_bytes * weight // heaviest)
+
+
+class Share:
+    """One migration's part; `weight` may be changed at any time."""
+
+    def __init__(self, shares: Shares, weight: int) -> None:
+        self._shares = shares
+        self.weight = weight
+
+    @property
+    def window_bytes(self) -> int:
+        return self._shares.window_bytes(self.weight)
+
+    def leave(self) -> None:
+        """Idempotent."""
+        self._shares.leave(self)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from .handoff.offer import Handoff
     from .handoff.regions import MemoryRegion
+    from .pacing import Shares
     from .store import DescriptorStore
     from .transport import ImageInfo, TransportFactory
 
@@ -80,6 +81,7 @@ class Session:
         changed: Callable[[], None],
         silent_after_s: float,
         store: DescriptorStore,
+        shares: Shares,
     ) -> None:
         self.spec = spec
         self.image = image
@@ -87,6 +89,7 @@ class Session:
         self._changed = changed
         self._silent_after_s = silent_after_s
         self._store = store
+        self._shares = shares
         self._log = log.bind(migration=spec.id)
         self._state = State.PREPARED
         self._limits = spec.limits
@@ -195,6 +198,7 @@ class Session:
         assert memory is not None
         self._end = asyncio.get_running_loop().create_future()
         self._demux = Demultiplexer(memory.pager, memory.uffd, self, memory.vmm.doorbell_fileno)
+        share = self._shares.join(self._limits.weight)
         self._fetcher = Fetcher(
             memory.pager,
             self.image,
@@ -203,6 +207,7 @@ class Session:
             self,
             run_align=max(region.page_size for region in memory.record.regions),
             limits=self._limits,
+            share=share,
             silent_after_s=self._silent_after_s,
         )
         installer = Installer(memory.pager, self._demux.dispatch, self._fetcher.on_answered)
@@ -217,6 +222,7 @@ class Session:
                 watching.cancel()
                 fetching.cancel()
         finally:
+            share.leave()
             installer.close()
             self._demux.stop()
             if self._end.done():
