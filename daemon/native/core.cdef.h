@@ -40,10 +40,11 @@ struct region { uint64_t hva; uint64_t len_bytes; uint64_t image_offset; uint64_
 struct counters {
 	uint64_t faults; uint64_t faults_outside; uint64_t arrived[2]; uint64_t zero_filled; uint64_t removed;
 	uint64_t duplicates; uint64_t bad_replies; uint64_t stale_replies; uint64_t bytes_received[2]; uint64_t retries;
-	uint64_t messages; uint64_t exits;
+	uint64_t messages; uint64_t exits; ...;
 };
 struct state_header {
-	uint64_t pages; uint64_t descriptor_offset; uint32_t descriptor_capacity; uint32_t descriptor_len;
+	uint64_t pages; uint64_t descriptor_offset; uint32_t descriptor_capacity; uint32_t descriptor_current;
+	uint32_t descriptor_len[2];
 	uint32_t regions; struct counters counters; ...;
 };
 
@@ -68,6 +69,7 @@ struct waiters { struct blocked_thread thread[1024]; uint32_t threads; ...; };
 struct inflight { uint32_t requests[2]; ...; };
 struct pager { int ring_error; struct state_header *state; struct inflight inflight; struct region *region; struct pager_failure failure; struct ledger ledger;
 	struct waiters waiters; uint64_t max_range_bytes; uint64_t bulk_inflight_bytes; ...; };
+bool state_is_sound(const void *state, uint64_t len_bytes);
 uint64_t pager_state_bytes(uint64_t pages);
 struct pager *pager_create(void *state, uint64_t len_bytes, const struct region *regions, uint32_t count, int uffd,
 	const struct uffd_edge *edge);

@@ -20,7 +20,7 @@ struct state_header state_layout(uint64_t pages)
 	};
 
 	h.descriptor_offset = align(sizeof(h));
-	h.regions_offset = align(h.descriptor_offset + STATE_DESCRIPTOR_BYTES);
+	h.regions_offset = align(h.descriptor_offset + 2 * STATE_DESCRIPTOR_BYTES);
 	h.inbox_offset = align(h.regions_offset + STATE_REGIONS_MAX * sizeof(struct region));
 	h.extents_offset = align(h.inbox_offset + STATE_INBOX_SLOTS * sizeof(struct uffd_msg));
 	h.words_offset = align(h.extents_offset + sizeof(struct extents));
@@ -68,7 +68,8 @@ static bool layout_is_ours(const struct state_header *h, uint64_t len_bytes)
 	ours = state_layout(h->pages);
 	return h->header_bytes == ours.header_bytes && h->total_bytes == ours.total_bytes && len_bytes >= ours.total_bytes &&
 	       h->descriptor_offset == ours.descriptor_offset && h->descriptor_capacity == ours.descriptor_capacity &&
-	       h->descriptor_len <= h->descriptor_capacity && h->regions_offset == ours.regions_offset &&
+	       h->descriptor_len[h->descriptor_current & 1] <= h->descriptor_capacity &&
+	       h->regions_offset == ours.regions_offset &&
 	       h->inbox_offset == ours.inbox_offset && h->inbox_slots == ours.inbox_slots &&
 	       h->extents_offset == ours.extents_offset && h->words_offset == ours.words_offset;
 }

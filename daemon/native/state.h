@@ -46,6 +46,7 @@ struct counters {
 	uint64_t retries;
 	uint64_t messages;
 	uint64_t exits; /* faults that came as exits */
+	uint64_t reserved[18]; /* new ones take their place from here, so that the layout stays */
 };
 
 struct state_header {
@@ -54,9 +55,10 @@ struct state_header {
 	uint32_t header_bytes;
 	uint64_t total_bytes;
 	uint64_t pages;
-	uint64_t descriptor_offset;
-	uint32_t descriptor_capacity;
-	uint32_t descriptor_len;
+	uint64_t descriptor_offset; /* of the first of two places; a change is written to the one not in use */
+	uint32_t descriptor_capacity; /* of each */
+	uint32_t descriptor_current;  /* 0 or 1 */
+	uint32_t descriptor_len[2];
 	uint64_t regions_offset;
 	uint32_t regions;
 	uint32_t inbox_slots;
@@ -66,8 +68,9 @@ struct state_header {
 	struct counters counters;
 };
 
+_Static_assert(sizeof(struct counters) == 256, "counters layout");
 _Static_assert(sizeof(struct region) == 48, "region layout");
-_Static_assert(sizeof(struct state_header) == 88 + sizeof(struct counters), "state header layout");
+_Static_assert(sizeof(struct state_header) == 96 + sizeof(struct counters), "state header layout");
 
 /* The header of fresh state memory for `pages` pages; its length is total_bytes. */
 struct state_header state_layout(uint64_t pages);

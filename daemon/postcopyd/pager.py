@@ -7,9 +7,6 @@ for a whole batch. All methods belong to the event loop's thread.
 from __future__ import annotations
 
 import errno
-import fcntl
-import mmap
-import os
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from typing import TYPE_CHECKING
@@ -25,6 +22,7 @@ from ._native.core import (
     ring_error_text,
 )
 from .errors import Code, HandoffError, InvariantError, KernelError
+from .state_memory import StateMemory as StateMemory  # noqa: TC001 - part of what this module offers
 from .status import Latency, ThreadBlocktime
 
 if TYPE_CHECKING:
@@ -101,64 +99,6 @@ def probe_registered(uffd: int, region: MemoryRegion) -> bool:
 def _ring_error(error: int) -> HandoffError:
     text = "a fault lies outside of every region" if error == RING_OUTSIDE else ring_error_text(error)
     return HandoffError(Code.EXIT_RING_BROKEN, f"the VMM's exit ring cannot be served: {text}")
-
-
-class StateMemory:
-    """The memfd that holds what must survive the process (daemon/native/state.h).
-
-    Owns the descriptor and the mapping until `close`. Sealed against shrinking, so that no holder of a duplicate can
-    take the mapping away.
-    """
-
-    def __init__(self, fd: int, len_bytes: int) -> None:
-        self.fd = fd
-        self.len_bytes = len_bytes
-        self._map = mmap.mmap(fd, len_bytes)
-        self.memory = ffi.from_buffer(self._map)
-
-    @classmethod
-    def fresh(cls, name: str, pages: int) -> StateMemory:
-        """Raises OSError when there is no memory or descriptor."""
-        len_bytes = lib.pager_state_bytes(pages)
-        fd = os.memfd_create(f"postcopyd-{name}"[:200], os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            os.ftruncate(fd, len_bytes)
-            _seal_size(fd)
-            return cls(fd, len_bytes)
-        except BaseException:
-            os.close(fd)
-            raise
-
-    @property
-    def descriptor(self) -> bytes:
-        """The session descriptor, as it was last set."""
-        header = ffi.cast("struct state_header *", self.memory)
-        start = header.descriptor_offset
-        return self._map[start : start + header.descriptor_len]
-
-    @descriptor.setter
-    def descriptor(self, text: bytes) -> None:
-        header = ffi.cast("struct state_header *", self.memory)
-        if len(text) > header.descriptor_capacity:
-            raise InvariantError(f"a session descriptor of {len(text)} bytes does not fit its place")
-        # Shorter than the old one or unreadable while it is written: length 0 tells a reader that it is not whole.
-        header.descriptor_len = 0
-        start = header.descriptor_offset
-        self._map[start : start + len(text)] = text
-        header.descriptor_len = len(text)
-
-    def close(self) -> None:
-        """Unmap and close; idempotent. The pager over it must be closed first."""
-        if self.fd < 0:
-            return
-        ffi.release(self.memory)
-        self._map.close()
-        os.close(self.fd)
-        self.fd = -1
-
-
-def _seal_size(fd: int) -> None:
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
 
 
 class Pager:
