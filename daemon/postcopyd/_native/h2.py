@@ -199,6 +199,7 @@ class Connection:
         config = _ffi.new("struct h2_config *")
         config.is_server = on_open is not None
         config.limits = msgspec.structs.asdict(limits)
+        self._on_open: CData | None = None
         if on_open is not None:
             self._on_open = _ffi.new_handle(on_open)
             config.open = _lib.h2_py_open
@@ -218,6 +219,10 @@ class Connection:
         self.receive = memoryview(_ffi.buffer(self._in))
         self.feed = partial(_lib.h2_feed, self._conn, self._in)
         self.fill = partial(_lib.h2_fill, self._conn, self._out, self._out_bytes)
+
+    def retire(self) -> None:
+        """Nothing is fed any more: let go of the owner, whom `on_open` refers to, and so of the buffers with it."""
+        self._on_open = None
 
     def events(self) -> Iterator[Event]:
         event = self._event

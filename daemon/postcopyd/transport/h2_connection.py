@@ -182,6 +182,7 @@ class H2Connection(asyncio.BufferedProtocol):
         if not self._lost.done():
             self._lost.set_result(None)
         self.on_lost()
+        self.native.retire()
 
     def _note(self, loss: Loss, reason: str) -> None:
         if self.loss is None:
