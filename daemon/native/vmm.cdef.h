@@ -39,6 +39,17 @@ struct vmm;
 int vmm_shape_check(const struct vmm_shape *shape);
 int vmm_create(const struct vmm_shape *shape, void *memory, int guest, struct vmm **out, const char **op);
 void vmm_destroy(struct vmm *vm);
+int vmm_use_exits(struct vmm *vm, const char *path, int uffd, uint64_t page_size);
+int vmm_start_device(struct vmm *vm);
+struct vmm_exits_status {
+	uint64_t annotated;
+	uint64_t bare;
+	uint64_t mmio;
+	uint64_t emulation;
+	uint64_t device_reads;
+	uint32_t complete;
+};
+void vmm_exits_status(struct vmm *vm, struct vmm_exits_status *status);
 void vmm_start(struct vmm *vm);
 int vmm_pause(struct vmm *vm, unsigned timeout_ms);
 int vmm_wait(struct vmm *vm, unsigned timeout_ms);

@@ -81,6 +81,26 @@ int vmm_create(const struct vmm_shape *shape, void *memory, int guest, struct vm
 /* Ends the vCPU threads, also those that wait for a page (see vmm_pause), and frees everything. */
 void vmm_destroy(struct vmm *vm);
 
+/*
+ * Have absent pages come as exits of the vCPU that touches them, and hand memory over to the daemon at `path`. `uffd` was
+ * made with UFFD_USER_MODE_ONLY and memory is registered with it. KVM guests only, before the first start.
+ */
+int vmm_use_exits(struct vmm *vm, const char *path, int uffd, uint64_t page_size);
+
+/* A device that reads guest memory from a thread of its own, so that absent pages are met from outside KVM too. */
+int vmm_start_device(struct vmm *vm);
+
+/* Exits by shape (libpostcopy.h), the device's reads, and whether the daemon said that all pages are in place. */
+struct vmm_exits_status {
+	uint64_t annotated;
+	uint64_t bare;
+	uint64_t mmio;
+	uint64_t emulation;
+	uint64_t device_reads;
+	uint32_t complete;
+};
+void vmm_exits_status(struct vmm *vm, struct vmm_exits_status *status);
+
 /* Parked vCPUs run; done and failed ones stay. */
 void vmm_start(struct vmm *vm);
 

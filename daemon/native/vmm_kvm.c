@@ -27,9 +27,10 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "vmm_exits.h"
 #include "vmm_guest.h"
 
-#define BOOT_BYTES (2u << 20)
+#define BOOT_BYTES VMM_BOOT_BYTES
 #define BOOT_PML4 0x1000u
 #define BOOT_PDPT 0x2000u
 #define BOOT_PD 0x3000u
@@ -226,6 +227,7 @@ static int kvm_init(struct vmm *vm, const char **op)
 
 static void kvm_deinit(struct vmm *vm)
 {
+	exits_deinit(vm);
 	for (unsigned i = 0; i < vm->shape.vcpus; i++) {
 		if (vm->vcpus[i].run)
 			munmap(vm->vcpus[i].run, vm->run_bytes);
@@ -249,6 +251,8 @@ static void kvm_release(struct vcpu *vcpu)
 static void kvm_interrupt(struct vcpu *vcpu)
 {
 	__atomic_store_n(&vcpu->run->immediate_exit, 1, __ATOMIC_RELEASE);
+	if (vcpu->vm->exits)
+		exits_interrupt(vcpu);
 }
 
 static enum outcome fail(struct vcpu *vcpu, int run_errno)
@@ -298,6 +302,15 @@ static enum outcome react_to_port(struct vcpu *vcpu)
 /* What to do after KVM_RUN answered: the one place that knows its outcomes. */
 static enum outcome react(struct vcpu *vcpu, int answer, int run_errno)
 {
+	if (vcpu->vm->exits) {
+		bool handled;
+		enum outcome outcome = exits_react(vcpu, answer, run_errno, &handled);
+
+		if (outcome == OUTCOME_FAILED)
+			return fail(vcpu, run_errno);
+		if (handled)
+			return outcome;
+	}
 	if (answer < 0) {
 		if (run_errno == EAGAIN)
 			return OUTCOME_AGAIN;
@@ -318,13 +331,15 @@ static enum outcome react(struct vcpu *vcpu, int answer, int run_errno)
 
 static enum outcome kvm_run_guest(struct vcpu *vcpu)
 {
-	enum outcome outcome;
+	enum outcome outcome = vcpu->vm->exits ? exits_settle(vcpu) : OUTCOME_AGAIN;
 
-	do {
+	if (outcome == OUTCOME_FAILED)
+		return fail(vcpu, 0);
+	while (outcome == OUTCOME_AGAIN) {
 		int answer = ioctl(vcpu->fd, KVM_RUN, 0);
 
 		outcome = react(vcpu, answer, errno);
-	} while (outcome == OUTCOME_AGAIN);
+	}
 	return outcome;
 }
 
@@ -401,6 +416,7 @@ static int kvm_init(struct vmm *vm, const char **op)
 
 static void kvm_deinit(struct vmm *vm)
 {
+	exits_deinit(vm);
 	(void)vm;
 }
 

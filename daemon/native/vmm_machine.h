@@ -12,6 +12,10 @@
 #include "vmm_walk.h"
 
 struct kvm_run;
+struct exits;
+
+/* The boot slot, from guest physical address 0. */
+#define VMM_BOOT_BYTES (2u << 20)
 
 enum outcome { OUTCOME_AGAIN, OUTCOME_PARK, OUTCOME_DONE, OUTCOME_FAILED };
 
@@ -42,6 +46,7 @@ struct vcpu {
 	/* KVM */
 	int fd;
 	struct kvm_run *run;
+	bool mmio_owed; /* the access of an exit that waits for its page */
 
 	/* Process guest: its only register, and the way out of a page fault. */
 	volatile uint64_t tick;
@@ -83,6 +88,7 @@ struct vmm {
 	int vm_fd;
 	size_t run_bytes;
 	uint8_t *boot;
+	struct exits *exits; /* NULL: absent pages are waited for in the kernel */
 };
 
 extern const struct engine vmm_kvm_engine __attribute__((visibility("hidden")));

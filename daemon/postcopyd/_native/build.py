@@ -55,7 +55,13 @@ class Module:
         return PACKAGE / f"_{self.name}{sysconfig.get_config_var('EXT_SUFFIX')}"
 
     def inputs(self) -> list[Path]:
-        return [Path(__file__), self.cdef, *(NATIVE / s for s in self.sources), *NATIVE.glob("*.h")]
+        return [
+            Path(__file__),
+            self.cdef,
+            *(NATIVE / s for s in self.sources),
+            *NATIVE.glob("*.h"),
+            *NATIVE.glob("../libpostcopy/*.h"),
+        ]
 
     def is_stale(self) -> bool:
         if not self.target.exists():
@@ -70,8 +76,8 @@ class Module:
         ffi.set_source(
             f"postcopyd._native._{self.name}",
             "".join(f'#include "{h}"\n' for h in self.headers),
-            sources=[str(NATIVE / s) for s in self.sources],
-            include_dirs=[str(NATIVE)],
+            sources=[str((NATIVE / s).resolve()) for s in self.sources],
+            include_dirs=[str(NATIVE), str(NATIVE.parent / "libpostcopy")],
             libraries=list(self.libraries),
             extra_compile_args=CFLAGS + shlex.split(os.environ.get("POSTCOPYD_CFLAGS", "")),
             extra_link_args=shlex.split(os.environ.get("POSTCOPYD_LDFLAGS", "")),
@@ -84,6 +90,10 @@ class Module:
         staged.touch()
         staged.replace(self.target)
 
+
+LIBPOSTCOPY = tuple(
+    f"../libpostcopy/{path.name}" for path in sorted((NATIVE.parent / "libpostcopy").glob("*.c"))
+)
 
 MODULES = (
     Module(
@@ -128,11 +138,14 @@ MODULES = (
             "vmm_walk.c",
             "vmm_guest.c",
             "vmm_kvm.c",
+            "vmm_exits.c",
             "vmm_process.c",
             "vmm_image.c",
             "vmm_host.c",
+            "exit_ring_vmm.c",
+            *LIBPOSTCOPY,
         ),
-        libraries=("pthread",),
+        libraries=("pthread", "capstone"),
     ),
     Module(
         "h2",

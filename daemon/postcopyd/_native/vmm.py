@@ -33,6 +33,9 @@ class _Lib(Protocol):
         self, shape: FFI.CData, memory: FFI.CData, guest: int, out: FFI.CData, op: FFI.CData, /
     ) -> int: ...
     def vmm_destroy(self, vm: FFI.CData, /) -> None: ...
+    def vmm_use_exits(self, vm: FFI.CData, path: bytes, uffd: int, page_size: int, /) -> int: ...
+    def vmm_start_device(self, vm: FFI.CData, /) -> int: ...
+    def vmm_exits_status(self, vm: FFI.CData, status: FFI.CData, /) -> None: ...
     def vmm_start(self, vm: FFI.CData, /) -> None: ...
     def vmm_pause(self, vm: FFI.CData, timeout_ms: int, /) -> int: ...
     def vmm_wait(self, vm: FFI.CData, timeout_ms: int, /) -> int: ...
@@ -122,6 +125,17 @@ class RawVcpuStatus(msgspec.Struct, frozen=True):
     rip: int
 
 
+class ExitsStatus(msgspec.Struct, frozen=True):
+    """struct vmm_exits_status: exits by shape, reads of the device, and whether all pages are in place."""
+
+    annotated: int = 0
+    bare: int = 0
+    mmio: int = 0
+    emulation: int = 0
+    device_reads: int = 0
+    complete: bool = False
+
+
 class CheckResult(msgspec.Struct, frozen=True):
     """struct vmm_check_result. The first mismatch is meaningful where there is one."""
 
@@ -176,6 +190,22 @@ class NativeMachine:
         if self._vm == _ffi.NULL or not 0 <= vcpu < self._vcpus:
             raise IndexError(f"no vCPU {vcpu}: destroyed, or beyond {self._vcpus}")
         return self._vm
+
+    def use_exits(self, path: str, uffd: int, page_size: int) -> int:
+        """Return 0 or an errno; see vmm_use_exits."""
+        return -_lib.vmm_use_exits(self._checked(), path.encode(), uffd, page_size)
+
+    def start_device(self) -> None:
+        """Raises KernelError: no thread could be started, or the machine does not use exits."""
+        result = _lib.vmm_start_device(self._checked())
+        if result != 0:
+            raise KernelError("starting the device's thread", 0, 0, -result)
+
+    def exits_status(self) -> ExitsStatus:
+        status = _ffi.new("struct vmm_exits_status *")
+        _lib.vmm_exits_status(self._checked(), status)
+        values = {name: getattr(status, name) for name in ExitsStatus.__struct_fields__}
+        return msgspec.convert(values, ExitsStatus, strict=False)
 
     def start(self) -> None:
         _lib.vmm_start(self._checked())

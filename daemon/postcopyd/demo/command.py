@@ -28,9 +28,23 @@ if TYPE_CHECKING:
     "--push-rate", default="0", metavar="SIZE", help="Bytes a second of background push; 0: unlimited."
 )
 @click.option("--transport", type=click.Choice(["native", "grpcio"]), default="native", show_default=True)
+@click.option(
+    "--faults",
+    type=click.Choice(["uffd", "exits"]),
+    default="uffd",
+    show_default=True,
+    help="How a vCPU's absent pages are reported: it sleeps on the userfaultfd, or leaves KVM_RUN.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def demo(
-    memory: str, vcpus: int, guest: str, order: str, push_rate: str, transport: str, as_json: bool
+    memory: str,
+    vcpus: int,
+    guest: str,
+    order: str,
+    push_rate: str,
+    transport: str,
+    faults: str,
+    as_json: bool,
 ) -> None:
     """Move a running virtual machine on this host, and check every byte of it."""
     wanted = DemoOptions(
@@ -40,6 +54,7 @@ def demo(
         order=order,
         push_rate=parse_size(push_rate),
         transport=transport,
+        faults=faults,
     )
     options = check_options(wanted)
     if options.guest != wanted.guest:
@@ -107,7 +122,7 @@ def _print_table(result: DemoResult) -> None:
         ("  on demand", f"{result.pages_demand}"),
         ("  pushed", f"{result.pages_pushed}"),
         ("  zero", f"{result.pages_zero}"),
-        ("faults answered", f"{latency.count}"),
+        ("faults answered", f"{latency.count}: {result.faults_uffd} messages, {result.faults_exits} exits"),
         (
             "fault latency µs",
             f"p50 {latency.p50:.0f}  p90 {latency.p90:.0f}  p99 {latency.p99:.0f}  max {latency.max:.0f}",

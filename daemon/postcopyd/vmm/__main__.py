@@ -110,6 +110,13 @@ def source(shape: Shape, guest: str, ram: Path) -> None:
 )
 @click.option("--format", "fmt", type=_choice(HandoffFormat), default="framed", show_default=True)
 @click.option("--regions", type=click.IntRange(1, 64), default=1, help="Hand memory over in so many pieces.")
+@click.option(
+    "--faults",
+    type=click.Choice(["uffd", "exits"]),
+    default="uffd",
+    show_default=True,
+    help="How a vCPU's absent pages are reported.",
+)
 @click.option("--thread-id", is_flag=True, help="Ask for thread ids in fault messages.")
 def destination(
     shape: Shape,
@@ -118,17 +125,24 @@ def destination(
     socket: Path | None,
     fmt: str,
     regions: int,
+    faults: str,
     thread_id: bool,
 ) -> None:
     """Run a guest whose memory comes on demand."""
     features = Feature.EVENT_REMOVE | (Feature.THREAD_ID if thread_id else Feature(0))
     with ExitStack() as stack:
         mem = stack.enter_context(GuestMemory(MemoryKind(memory_kind), shape.memory_bytes))
-        uffd = stack.enter_context(register_memory(mem, features)) if socket else None
+        uffd = (
+            stack.enter_context(register_memory(mem, features, user_mode_only=faults == "exits"))
+            if socket
+            else None
+        )
         machine = stack.enter_context(Machine(shape, mem, GuestKind(guest)))
         console = Console(machine, uffd, handoff_format=HandoffFormat(fmt), regions=regions, must_load=True)
         stack.callback(console.close)
-        if socket:
+        if socket and uffd and faults == "exits":
+            machine.use_exits(socket, uffd)
+        elif socket:
             console.hand_off(socket)
         console.run(sys.stdin.buffer, sys.stdout.buffer, _greeting("destination", machine))
 

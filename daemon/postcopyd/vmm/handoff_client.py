@@ -79,6 +79,7 @@ def encode(fmt: HandoffFormat, regions: Sequence[Region], page_size: int) -> byt
                         "host_virt_addr": r.address,
                         "size": r.size,
                         "backing_file_offset": r.offset,
+                        "page_size": page_size,
                     }
                     for r in regions
                 ],

@@ -12,13 +12,15 @@ import msgspec
 import structlog
 
 from .._native import vmm as native
-from ..errors import Code, ConfigError, InvariantError, KernelError, MigrationError
+from ..errors import Code, ConfigError, HandoffError, InvariantError, KernelError, MigrationError
 from .state import GuestKind, MachineState, Shape, check_memory
 
 if TYPE_CHECKING:
+    from pathlib import Path
     from types import TracebackType
 
     from .guestmem import GuestMemory
+    from .uffd_client import Uffd
 
 _log = structlog.get_logger(__name__)
 
@@ -61,6 +63,7 @@ class MachineStatus(msgspec.Struct, frozen=True):
     guest_errors: int
     first_guest_error: GuestError | None
     vcpus: tuple[VcpuStatus, ...]
+    exits: native.ExitsStatus = native.ExitsStatus()
 
 
 def _phase_of(vcpus: tuple[VcpuStatus, ...]) -> Phase:
@@ -130,6 +133,26 @@ class Machine:
         """Let every parked vCPU run."""
         self._steps_at_start = [vcpu.steps for vcpu in self.status().vcpus]
         self._native.start()
+
+    def use_exits(self, path: Path, uffd: Uffd) -> None:
+        """Have absent pages come as exits, and hand memory over to the daemon at `path` with an exit ring.
+
+        Before the first start. `uffd` has memory registered and was made with user_mode_only.
+
+        Raises:
+            HandoffError: nobody listens, or the daemon refused.
+            ConfigError: this guest has no exits.
+        """
+        if self.guest is not GuestKind.KVM:
+            raise ConfigError(Code.ARGUMENT_INVALID, "only a KVM guest has exits; use --guest kvm")
+        error = self._native.use_exits(str(path), uffd.fileno(), self.memory.page_size)
+        if error:
+            raise HandoffError(
+                Code.VMM_HANDOFF_UNANSWERED,
+                f"the hand-off with an exit ring to the daemon at {path} failed: {os.strerror(error)}",
+            )
+        _log.info("handoff.sent", format="framed", path=str(path), exits=True)
+        self._native.start_device()
 
     def pause(self, timeout_s: float = 5.0) -> None:
         """Take every vCPU out of the guest, also those that wait for a page.
@@ -243,6 +266,7 @@ class Machine:
             guest_errors=sum(raw.guest_errors for raw in raws),
             first_guest_error=first,
             vcpus=vcpus,
+            exits=self._native.exits_status(),
         )
 
     def _require_stopped(self, what: str) -> None:
