@@ -235,14 +235,17 @@ static int on_stream_close(nghttp2_session *session, int32_t stream_id, uint32_t
     return stream ? close_stream(user, stream, error_code) : 0;
 }
 
-/* A call whose HEADERS cannot go out (the peer said GOAWAY, or the call was reset before) has no stream to close. */
+/*
+ * A call whose HEADERS cannot go out (the peer said GOAWAY, or the call was reset before). libnghttp2 may have opened its
+ * stream for that, and then closes it behind this: it must not find what is freed here.
+ */
 static int on_frame_not_sent(nghttp2_session *session, const nghttp2_frame *frame, int code, void *user) {
-    (void)session;
     (void)code;
     struct h2_conn *conn = user;
     if (conn->config.is_server || frame->hd.type != NGHTTP2_HEADERS)
         return 0;
     struct h2_stream *stream = h2_stream_of(conn, frame->hd.stream_id);
+    (void)nghttp2_session_set_stream_user_data(session, frame->hd.stream_id, NULL);
     return stream ? close_stream(conn, stream, NGHTTP2_REFUSED_STREAM) : 0;
 }
 
