@@ -19,6 +19,7 @@ from msgspec import Meta
 
 from .arguments import check_id, check_socket_path, parse_endpoint
 from .errors import Code, ConfigError
+from .priority import NICE
 from .status import Limits
 from .units import parse_size
 
@@ -88,6 +89,14 @@ class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     http: Annotated[
         str, Meta(description="HOST:PORT of /healthz, /readyz and /metrics; empty: off. Unauthenticated.")
     ] = "127.0.0.1:9464"
+    nice: Annotated[
+        int,
+        Meta(
+            ge=-20,
+            le=19,
+            description="Scheduling priority, where permitted: busy guests must not keep waiting ones from their pages.",
+        ),
+    ] = NICE
     vmm_socket_mode: Annotated[
         str,
         Meta(

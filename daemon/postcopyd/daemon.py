@@ -16,6 +16,7 @@ from .manager import Manager
 from .metrics.collector import Snapshot
 from .metrics.counts import ErrorCounts
 from .metrics.exposition import Exposition
+from .priority import raise_priority
 from .sdnotify import Notifier, Watchdog, listen_fds
 from .store import DescriptorStore, group, offered_capacity
 from .transport.factory import make_factory
@@ -53,6 +54,7 @@ class Daemon:
 
     async def run(self) -> None:
         """Raises ConfigError: a socket or an address cannot be had."""
+        raise_priority(self._config.nice)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_stop_signal, number)

@@ -13,6 +13,7 @@ import uvloop
 
 from postcopyd import log as logs
 from postcopyd.errors import Code, ConfigError
+from postcopyd.priority import NICE, raise_priority
 from postcopyd.sdnotify import Notifier
 from postcopyd.units import MIB, parse_size
 
@@ -97,6 +98,7 @@ async def run_server(specs: list[ImageSpec], listen: str, options: ServerOptions
     Raises:
         ConfigError: an image cannot be opened, or the address cannot be bound.
     """
+    raise_priority(NICE)
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
