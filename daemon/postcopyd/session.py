@@ -350,6 +350,7 @@ class Session:
         self._error = error
         self._log.error("source.lost", code=error.code, error=str(error), reconnects=self._reconnects)
         self._enter(State.RECOVERING)
+        self._changed()  # the reason, even if the state is the same
         if self._patience is None and self.spec.retry_for_s:
             loop = asyncio.get_running_loop()
             self._patience = loop.call_later(self.spec.retry_for_s, self._give_up)
