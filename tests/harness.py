@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from postcopyd.status import Limits
 
 TRANSPORTS = ("native", "grpcio")
-PATIENCE_S = 30.0
+PATIENCE_S = 10.0
 """For whatever must happen; a wait that takes so long is a failure, and nothing is ever measured by it."""
 
 NR_HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")

@@ -30,7 +30,8 @@ def reply(*runs: pb.Run) -> bytes:
 
 
 class ScriptedSource:
-    """Serves `content` as image `id`; right away rightly, then as `script`, `holes` and `describe` are set.
+    """Serves `content` as image `id`; right away rightly, then as `script`, `holes`, `describe` and
+    `complete_status` are set.
 
     Attributes:
         asked: every range that came, in order.
@@ -46,6 +47,7 @@ class ScriptedSource:
         self.describe: Callable[[], Awaitable[None]] | None = None
         self.holes: Callable[[], AsyncIterator[pb.HolesReply]] | None = None
         self.asked: list[pb.Range] = []
+        self.complete_status: grpc.StatusCode | None = None
         self.streams = 0
         self.completed: list[pb.CompleteRequest] = []
         self.address = "127.0.0.1:0"
@@ -158,4 +160,6 @@ class ScriptedSource:
         context: grpc.aio.ServicerContext[pb.CompleteRequest, pb.CompleteReply],
     ) -> pb.CompleteReply:
         self.completed.append(request)
+        if self.complete_status is not None:
+            await context.abort(self.complete_status, "as the test wants it")
         return pb.CompleteReply(released=True)
