@@ -10,11 +10,13 @@ from __future__ import annotations
 import errno
 import struct
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from postcopyd._native import _core
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 EVENT_PAGEFAULT, EVENT_REMAP, EVENT_REMOVE, EVENT_UNMAP = 0x12, 0x14, 0x15, 0x16
 MESSAGE_BYTES = 32
@@ -61,7 +63,8 @@ class FakeKernel:
         self.seen: deque[tuple[int, int]] = deque(maxlen=1000)
         self.unread: deque[Change] = deque()
         self.unfinished: deque[Change] = deque()
-        self.memory_short = False
+        self.short_for = 0
+        """Installs that find no memory."""
         self.most_pages = 0
         """Pages one install places before it stops half way; 0: all."""
         self.lazy_changes = 0
@@ -126,7 +129,8 @@ class FakeKernel:
         addresses = range(dst, dst + len_bytes, first.size)
         if any(self._vma_of(hva) != first.vma for hva in addresses):
             return errno.ENOENT, -errno.ENOENT
-        if self.memory_short:
+        if self.short_for:
+            self.short_for -= 1
             return errno.ENOMEM, -errno.ENOMEM
         if op == CONTINUE:
             return errno.EFAULT, -errno.EFAULT

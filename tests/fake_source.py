@@ -1,10 +1,14 @@
-"""A page source that answers as a test tells it: late, in pieces, out of order, or wrong. Speaks by the protobuf library."""
+"""A page source that answers as a test tells it: late, in pieces, out of order, or wrong.
+
+It reads and writes by the protobuf library, so the C codec is held against that.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import xxhash
+
 from postcopyd.pager import Lane
 from postcopyd.v1 import page_source_pb2 as pb
 
@@ -79,6 +83,11 @@ class FakeSource:
             ranges.remove(asked)
             self.answered.append(asked.request_id)
         return run
+
+    def give_up(self, request_id: int) -> None:
+        """Answer no more of this range."""
+        for ranges in self.outstanding.values():
+            ranges[:] = [o for o in ranges if o.request_id != request_id]
 
     def is_idle(self) -> bool:
         return not any(self.outstanding.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
 from postcopyd.ledger import Ledger, PageCommand, PageEvent, PageState, transition
 
 events = st.sampled_from(PageEvent)

@@ -7,11 +7,12 @@ The kernel and the source are models (fake_kernel, fake_source), which keep the 
 
 from __future__ import annotations
 
-from fake_kernel import FakeKernel, Page
-from fake_source import FakeSource, reply, run_of
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from fake_kernel import FakeKernel, Page
+from fake_source import FakeSource, reply, run_of
 from postcopyd._native.core import ffi
 from postcopyd.handoff.regions import MemoryRegion
 from postcopyd.pager import Lane, Pager, Signal, StateMemory
@@ -115,20 +116,35 @@ class PagerModel(RuleBasedStateMachine):
         if part := self.some_range(choice, count):
             self.kernel.unmap(*part)
 
-    @rule(choice=small_numbers, count=st.integers(1, 12))
-    def remap(self, choice: int, count: int) -> None:
+    @rule(choice=small_numbers, count=st.integers(1, 12), tid=st.integers(0, THREADS))
+    def remap(self, choice: int, count: int, tid: int) -> None:
+        """Thread `tid` is at the new place before the event is read."""
         if part := self.some_range(choice, count):
             self.kernel.remap(part[0], self.next_free, part[1] - part[0])
+            if tid and tid not in self.kernel.blocked:
+                self.kernel.touch(tid, self.next_free)
             self.next_free += 1 << 30
+
+    @rule(choice=small_numbers)
+    def populate_behind(self, choice: int) -> None:
+        """Shared memory gets content past the userfaultfd, and who waits for it is not woken."""
+        hva = self.some_address(choice)
+        if (
+            hva is not None
+            and self.kernel.mapped[hva].content is None
+            and not self.kernel.mapped[hva].removing
+        ):
+            page = self.kernel.mapped[hva]
+            page.content = page.expected = b"\xdd" * page.size
 
     @rule(choice=small_numbers, count=st.integers(1, 12))
     def split(self, choice: int, count: int) -> None:
         if part := self.some_range(choice, count):
             self.kernel.split(*part)
 
-    @rule(short=st.booleans())
-    def memory(self, short: bool) -> None:
-        self.kernel.memory_short = short
+    @rule(installs=st.integers(1, 8))
+    def memory_is_short(self, installs: int) -> None:
+        self.kernel.short_for = installs
 
     @rule(pages=st.integers(0, 3))
     def cut_installs(self, pages: int) -> None:
@@ -166,15 +182,10 @@ class PagerModel(RuleBasedStateMachine):
         self.source.forget(lane)
         self.pager.reset_lane(lane)
 
-    @rule(calls=st.integers(1, 12))
+    @rule(calls=st.integers(1, 40))
     def will_die(self, calls: int) -> None:
         """The process dies in the middle of a later step, at a call into the kernel."""
         self.kernel.calls_to_live = calls
-
-    @rule()
-    def dies_now(self) -> None:
-        self.kernel.dead = True
-        self.remember_state()
 
     def remember_state(self) -> None:
         self.remembered = bytes(ffi.buffer(self.state.memory))
@@ -193,12 +204,39 @@ class PagerModel(RuleBasedStateMachine):
         self.pager = Pager.adopt(self.state, 0, edge=self.kernel.edge)
         self.pager.set_max_range(8 * LARGE)
 
+    # ── both, as most of the time ────────────────────────────────────────────────────────────────────────────────
+
+    @rule(
+        choices=st.lists(small_numbers, min_size=1, max_size=THREADS),
+        write=st.booleans(),
+        pages=st.integers(1, 20),
+    )
+    def threads_are_served(self, choices: list[int], write: bool, pages: int) -> None:
+        for tid, choice in enumerate(choices, 1):
+            self.touch(choice, tid, write)
+        self.signals |= self.pager.drain()
+        self.ask_for_demand()
+        self.answer(Lane.DEMAND, choices[0], pages, 4)
+
+    @rule(want=st.integers(1, 40), run=st.integers(2, 20), index=small_numbers, pages=st.integers(2, 20))
+    def the_push_goes_on(self, want: int, run: int, index: int, pages: int) -> None:
+        self.ask_for_bulk(want, run)
+        self.answer(Lane.BULK, index, pages, 4)
+        self.signals |= self.pager.drain()
+
+    @rule(tid=st.integers(1, THREADS), choice=small_numbers, count=st.integers(1, 12), index=small_numbers)
+    def a_removal_meets_its_reply(self, tid: int, choice: int, count: int, index: int) -> None:
+        self.touch(choice, tid, False)
+        self.signals |= self.pager.drain()
+        self.ask_for_demand()
+        self.remove(choice, count, 3)
+        self.answer(Lane.DEMAND, index, 20, 4)
+
     # ── the source ───────────────────────────────────────────────────────────────────────────────────────────────
 
     def has_outstanding(self) -> bool:
         return hasattr(self, "source") and not self.source.is_idle()
 
-    @precondition(has_outstanding)
     @rule(lane=lanes, index=small_numbers, pages=st.integers(1, 20), times=st.integers(1, 4))
     def answer(self, lane: Lane, index: int, pages: int, times: int) -> None:
         runs = []
@@ -211,17 +249,18 @@ class PagerModel(RuleBasedStateMachine):
     @rule(
         lane=lanes,
         index=small_numbers,
+        pages=st.integers(1, 20),
         wrong=st.sampled_from(["checksum", "place", "byte", "id", "long", "length", "short data", "empty"]),
     )
-    def answer_wrong(self, lane: Lane, index: int, wrong: str) -> None:
+    def answer_wrong(self, lane: Lane, index: int, pages: int, wrong: str) -> None:
         if not self.source.outstanding[lane]:
             return
-        run = self.source.piece(lane, index, 1 << 20)
+        run = self.source.piece(lane, index, pages)
         if wrong == "checksum":
             run.xxh3_64 ^= 1
             run.data = run.data or bytes(run.length)
         elif wrong == "place":
-            run.offset += SMALL
+            run = run_of(run.request_id, run.offset + SMALL, run.data or bytes(run.length))
         elif wrong == "byte":
             run.data = b"\x55" + (run.data or bytes(run.length))[1:]
         elif wrong == "id":
@@ -234,6 +273,10 @@ class PagerModel(RuleBasedStateMachine):
             run.data = (run.data or b"\x01" * run.length)[:-1]
         else:
             run.length = 0
+        if wrong not in ("checksum", "byte"):
+            self.source.give_up(
+                run.request_id
+            )  # the pager drops a range whose runs do not fit; the rest is stale
         before = self.pager.stats().bad_replies
         self.pager.feed(reply(run))
         if not self.kernel.dead:
@@ -279,7 +322,7 @@ class PagerModel(RuleBasedStateMachine):
 
     def everybody_behaves_again(self) -> None:
         """And then all is settled, in a bounded number of steps."""
-        self.kernel.memory_short = False
+        self.kernel.short_for = 0
         self.kernel.most_pages = 0
         self.kernel.calls_to_live = -1
         for lane in Lane:
