@@ -14,6 +14,10 @@ from .pager import Pager, Signal
 if TYPE_CHECKING:
     from .errors import HandoffError, KernelError
 
+# Plain integers: what is looked at in every turn.
+_SEND = int(Signal.SEND)
+_RARE = ~_SEND
+
 RETRY_FIRST_S = 0.001
 RETRY_MAX_S = 0.1
 SHORT_RETRY_FIRST_S = 0.02
@@ -83,8 +87,15 @@ class Demultiplexer:
     def _on_doorbell(self, doorbell: int) -> None:
         self.dispatch(self._pager.on_doorbell(doorbell))
 
-    def dispatch(self, signals: Signal) -> None:
+    def dispatch(self, signals: int) -> None:
         """Act on what a call into the pager asked for."""
+        if signals & _RARE:
+            self._attend(signals)
+        if signals & _SEND:
+            self._handler.on_requests_waiting()
+        self._handler.on_progress()
+
+    def _attend(self, signals: int) -> None:
         if signals & Signal.GONE:
             self._handler.on_vmm_gone()
         if signals & Signal.FAILED:
@@ -99,11 +110,8 @@ class Demultiplexer:
             self._handler.on_memory_short(True)
         if signals & Signal.STALLED:
             self._retry_later()
-        if signals & Signal.SEND:
-            self._handler.on_requests_waiting()
         if signals & Signal.MORE:
             self._loop.call_soon(self.drain)
-        self._handler.on_progress()
 
     def _retry_later(self) -> None:
         if self._retry is not None or not self._watching:

@@ -16,7 +16,7 @@ import structlog
 
 from .errors import Code, SourceError
 from .pacing import Share, TokenBucket
-from .pager import Lane, Pager
+from .pager import REQUEST_BYTES, Lane, Pager
 from .units import KIB, MIB
 from .v1 import page_source_pb2 as pb
 
@@ -313,16 +313,20 @@ class Fetcher:
         """Send the requests that threads wait for."""
         if self._link is None:
             return
-        while body := self._pager.encode_demand():
+        body = self._pager.encode_demand()
+        while body:
             self._link.demand.send(body)
             self._watch_silence()
+            # What did not fit one message is rare; a second look each time would not be.
+            body = self._pager.encode_demand() if len(body) > REQUEST_BYTES // 2 else b""
 
     def pump_push(self) -> None:
         """Fill the push's window as far as limits allow."""
         link = self._link
         if link is None or not link.push_open or self._held or self._push_timer is not None:
             return
-        self._refund()
+        if self._bucket.rate:
+            self._refund()
         while (room := self._window_bytes() - self._pager.bulk_inflight_bytes) > 0 and self._pager.missing:
             if not self._bucket.may_spend(self._loop.time()):
                 self._push_timer = self._loop.call_later(self._bucket.delay_s(), self._push_again)

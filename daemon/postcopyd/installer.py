@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .pager import Pager, Signal
+    from .pager import Pager
 
 
 class Installer:
     """A ReplySink over `pager`; `dispatch` gets the signals of a batch, `answered` is called behind it."""
 
-    def __init__(
-        self, pager: Pager, dispatch: Callable[[Signal], None], answered: Callable[[], None]
-    ) -> None:
+    def __init__(self, pager: Pager, dispatch: Callable[[int], None], answered: Callable[[], None]) -> None:
         self.native = pager.feed_address
         self._pager = pager
         self._dispatch = dispatch

@@ -50,12 +50,12 @@ class TokenBucket:
 class Shares:
     """Outstanding push bytes of all migrations of a daemon, divided by weight.
 
-    With equal round trips, what a migration gets is proportional to what it may have outstanding, so windows in the ratio
-    of the weights are a fair division that costs nothing and needs no scheduler.
+    With equal round trips, what a migration gets is proportional to what it may have outstanding, so windows in the
+    ratio of the weights are a fair division that costs nothing and needs no scheduler.
 
     Args:
         total_bytes: of all together; bounds the daemon's memory and a wanted page's wait behind the push.
-        most_bytes: of one migration of the default weight.
+        most_bytes: of one migration.
     """
 
     def __init__(self, total_bytes: int, most_bytes: int) -> None:
@@ -67,28 +67,40 @@ class Shares:
         """Give a migration its share; it leaves with `Share.leave`."""
         share = Share(self, weight)
         self._members.add(share)
+        self.divide()
         return share
 
     def leave(self, share: Share) -> None:
+        """Idempotent."""
         self._members.discard(share)
+        self.divide()
 
-    def window_bytes(self, weight: int) -> int:
-        """What a member of `weight` may have outstanding now."""
+    def divide(self) -> None:
+        """Set every member's window anew."""
         everyone = sum(member.weight for member in self._members)
-        heaviest = max((member.weight for member in self._members), default=weight)
-        return min(self._total_bytes * weight // max(everyone, weight), self._most_bytes * weight // heaviest)
+        heaviest = max((member.weight for member in self._members), default=0)
+        for member in self._members:
+            member.window_bytes = min(
+                self._total_bytes * member.weight // everyone, self._most_bytes * member.weight // heaviest
+            )
 
 
 class Share:
-    """One migration's part; `weight` may be changed at any time."""
+    """One migration's part. window_bytes: what it may have outstanding now."""
 
     def __init__(self, shares: Shares, weight: int) -> None:
         self._shares = shares
-        self.weight = weight
+        self._weight = weight
+        self.window_bytes = 0
 
     @property
-    def window_bytes(self) -> int:
-        return self._shares.window_bytes(self.weight)
+    def weight(self) -> int:
+        return self._weight
+
+    @weight.setter
+    def weight(self, weight: int) -> None:
+        self._weight = weight
+        self._shares.divide()
 
     def leave(self) -> None:
         """Idempotent."""

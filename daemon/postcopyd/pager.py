@@ -35,7 +35,10 @@ REQUEST_BYTES = 32 << 10
 
 
 class Signal(IntFlag):
-    """What a call into the pager asks its caller to do next; daemon/native/pager.h."""
+    """What a call into the pager asks its caller to do next; daemon/native/pager.h.
+
+    Calls return plain integers: making an enum of each would cost more than the call.
+    """
 
     SEND = 1
     MORE = 2
@@ -175,29 +178,29 @@ class Pager:
         """What Signal.RING_BROKEN is about."""
         return _ring_error(self._pager.ring_error)
 
-    def on_doorbell(self, doorbell: int) -> Signal:
+    def on_doorbell(self, doorbell: int) -> int:
         """The exit ring's eventfd is readable: empty it, and answer what ring and kernel have."""
-        return Signal(lib.pager_on_doorbell(self._pager, doorbell))
+        return lib.pager_on_doorbell(self._pager, doorbell)
 
     def want(self, gpa: int, len_bytes: int) -> None:
         """Ask for guest physical memory at once, though nobody waits for it yet."""
         lib.pager_want_gpa(self._pager, gpa, len_bytes)
 
-    def drain(self) -> Signal:
+    def drain(self) -> int:
         """Read and answer what the kernel has."""
-        return Signal(lib.pager_drain(self._pager))
+        return lib.pager_drain(self._pager)
 
     def feed(self, message: bytes) -> bool:
         """Take one serialised PageReply; False if the stream is not to be trusted any more."""
         return lib.pager_feed(self._pager, ffi.from_buffer(message), len(message)) >= 0
 
-    def take_signals(self) -> Signal:
+    def take_signals(self) -> int:
         """Signals that feeding raised."""
-        return Signal(lib.pager_take_signals(self._pager))
+        return lib.pager_take_signals(self._pager)
 
-    def retry(self) -> Signal:
+    def retry(self) -> int:
         """Go through all that is owed again."""
-        return Signal(lib.pager_retry(self._pager))
+        return lib.pager_retry(self._pager)
 
     def mark_zero(self, offset: int, len_bytes: int) -> None:
         lib.pager_mark_zero(self._pager, offset, len_bytes)
