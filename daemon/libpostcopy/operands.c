@@ -8,6 +8,7 @@
 #define FXSAVE_BYTES 512u
 #define FNSAVE_BYTES 108u
 #define XSAVE_LEAF 0xdu
+#define XSAVE_BYTES_MIN 576u /* legacy region and header */
 
 #define PREFIX_REP 0xf3
 #define PREFIX_REPNE 0xf2
@@ -23,13 +24,17 @@ bool operands_are_gathered(const cs_insn *insn)
 	       !strncmp(name, "vpscatter", 9);
 }
 
-uint64_t operands_xsave_bytes(void)
+uint64_t operands_xsave_bytes(uint64_t components)
 {
-	unsigned eax, ebx, ecx, edx;
+	uint64_t bytes = XSAVE_BYTES_MIN;
+	unsigned size, offset, ecx, edx;
 
-	if (!__get_cpuid_count(XSAVE_LEAF, 0, &eax, &ebx, &ecx, &edx))
-		return FXSAVE_BYTES;
-	return ecx;
+	/* Those of the standard format; compacted, each lies no further back. Source: Intel SDM volume 1, 13.4. */
+	for (unsigned i = 2; i < 63; i++) {
+		if (components >> i & 1 && __get_cpuid_count(XSAVE_LEAF, i, &size, &offset, &ecx, &edx) && bytes < offset + size)
+			bytes = offset + size;
+	}
+	return bytes;
 }
 
 /* Has a memory operand and does not touch it, or does not fault on it. */
@@ -52,7 +57,7 @@ static bool ignores_memory(unsigned id)
 }
 
 /* The length of a memory operand; the decoder does not know it of the state-saving instructions. */
-static uint64_t operand_bytes(unsigned id, const cs_x86_op *operand)
+static uint64_t operand_bytes(const struct cpu_state *cpu, unsigned id, const cs_x86_op *operand)
 {
 	switch (id) {
 	case X86_INS_FXSAVE:
@@ -75,7 +80,7 @@ static uint64_t operand_bytes(unsigned id, const cs_x86_op *operand)
 	case X86_INS_XRSTOR64:
 	case X86_INS_XRSTORS:
 	case X86_INS_XRSTORS64:
-		return operands_xsave_bytes();
+		return operands_xsave_bytes(cpu->regs.rdx << 32 | (cpu->regs.rax & 0xffffffffu));
 	default:
 		return operand->size;
 	}
@@ -156,7 +161,7 @@ static void add_operand(const struct cpu_state *cpu, const cs_insn *insn, const 
 	uint64_t offset = operand_offset(cpu, insn, &operand->mem) + (uint64_t)bit_displacement(cpu, insn);
 
 	access_add(out, cpu_linear(cpu, segment, low_bytes(offset, insn->detail->x86.addr_size)),
-		   operand_bytes(insn->id, operand));
+		   operand_bytes(cpu, insn->id, operand));
 }
 
 static bool is_string(unsigned id)

@@ -29,7 +29,7 @@ bool operands_are_gathered(const cs_insn *insn);
 /* Collect the accesses of one instruction (one iteration of a repeated one). */
 void operands_collect(const struct cpu_state *cpu, const cs_insn *insn, struct access_list *out);
 
-/* Bytes that the processor's XSAVE area can take, with all that the host supports. */
-uint64_t operands_xsave_bytes(void);
+/* Bytes of an XSAVE area up to the end of the last of `components` (bits as in XCR0) that the host knows. */
+uint64_t operands_xsave_bytes(uint64_t components);
 
 #endif

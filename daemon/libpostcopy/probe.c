@@ -30,7 +30,7 @@ struct trial {
 	uint64_t bitmap;
 };
 
-static int call(const struct trial *trial, int fd, unsigned long request, const void *arg)
+static int call(const struct trial *trial, int fd, unsigned long request, void *arg)
 {
 	return trial->ops->ioctl(trial->ops->context, fd, request, (uintptr_t)arg);
 }
@@ -79,7 +79,7 @@ static bool trial_begin(struct trial *trial, const struct postcopy_kvm_ops *ops,
 static bool place_vcpu(const struct trial *trial)
 {
 	struct kvm_regs regs = { .rflags = 2 };
-	struct kvm_sregs sregs;
+	struct kvm_sregs sregs = { 0 };
 
 	if (call(trial, trial->vcpu, KVM_GET_SREGS, &sregs))
 		return false;
