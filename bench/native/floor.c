@@ -1,0 +1,170 @@
+/*
+ * The least that a remote page costs on this host: postcopyd's topology with nothing in it but system calls.
+ *
+ * Process A touches absent pages; process B reads the fault, sends 16 bytes over TCP to process C, receives 4 KiB
+ * and installs them. Beside it, what the parts cost alone: the round trip between two processes, and a fault that B
+ * answers from its own memory.
+ *
+ *     floor FAULTS
+ */
+#include <arpa/inet.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <signal.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+
+#include "bench.h"
+
+#define REQUEST_BYTES 16
+
+static bool receive_all(int sock, void *into, size_t len)
+{
+	for (uint8_t *at = into; len;) {
+		ssize_t n = recv(sock, at, len, 0);
+		if (n <= 0)
+			return false;
+		at += n;
+		len -= (size_t)n;
+	}
+	return true;
+}
+
+static void ask_page(int sock, uint64_t page, uint8_t *into)
+{
+	uint64_t request[REQUEST_BYTES / 8] = {page, 0};
+
+	NEED(send(sock, request, sizeof(request), 0) == sizeof(request));
+	NEED(receive_all(sock, into, PAGE));
+}
+
+/* Process C: one client after the other gets 4 KiB for every 16 bytes. */
+static void serve_pages(int listener)
+{
+	uint8_t *content = map_memory(64 * PAGE, false);
+	uint64_t request[REQUEST_BYTES / 8];
+	int on = 1;
+
+	memset(content, 0x5a, 64 * PAGE);
+	for (;;) {
+		int sock = accept(listener, NULL, NULL);
+		NEED(sock >= 0);
+		NEED(setsockopt(sock, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on)) == 0);
+		while (receive_all(sock, request, sizeof(request)))
+			NEED(send(sock, content + request[0] % 64 * PAGE, PAGE, 0) == (ssize_t)PAGE);
+		close(sock);
+	}
+}
+
+/* Process B: `sock` < 0 answers from its own memory. */
+static void handle_faults(int uffd, int sock)
+{
+	static uint8_t page[PAGE] __attribute__((aligned(4096)));
+	struct uffd_msg messages[16];
+	size_t n;
+
+	memset(page, 0x5a, sizeof(page));
+	while ((n = read_faults(uffd, messages, 16)) > 0) {
+		for (size_t i = 0; i < n; i++) {
+			uint64_t address = messages[i].arg.pagefault.address & ~(PAGE - 1);
+			if (sock >= 0)
+				ask_page(sock, address / PAGE, page);
+			copy_in(uffd, address, page, PAGE);
+		}
+	}
+}
+
+static pid_t begin_child(void)
+{
+	pid_t pid = fork();
+
+	NEED(pid >= 0);
+	if (pid == 0)
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+	return pid;
+}
+
+static void end_child(pid_t pid)
+{
+	kill(pid, SIGKILL);
+	waitpid(pid, NULL, 0);
+}
+
+static int connect_to(const struct sockaddr_in *address)
+{
+	int sock = socket(AF_INET, SOCK_STREAM, 0), on = 1;
+
+	NEED(sock >= 0 && connect(sock, (const struct sockaddr *)address, sizeof(*address)) == 0);
+	NEED(setsockopt(sock, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on)) == 0);
+	return sock;
+}
+
+static void measure_round_trip(const struct sockaddr_in *address, uint64_t *ns, size_t count)
+{
+	static uint8_t page[PAGE];
+	int sock = connect_to(address);
+
+	for (size_t i = 0; i < count; i++) {
+		uint64_t began = now_ns();
+		ask_page(sock, i, page);
+		ns[i] = now_ns() - began;
+	}
+	close(sock);
+}
+
+/* Process A. With `address` pages come from C, without it from B. */
+static void measure_faults(const struct sockaddr_in *address, uint64_t *ns, size_t count)
+{
+	size_t len = count * PAGE;
+	uint8_t *memory = map_memory(len, true);
+	int uffd = register_missing(memory, len);
+	pid_t handler = begin_child();
+
+	if (handler == 0)
+		handle_faults(uffd, address ? connect_to(address) : -1);
+	for (size_t i = 0; i < count; i++) {
+		/* 7 shares no factor with count: every page once, none next to the one before. */
+		volatile const uint8_t *page = memory + i * 7 % count * PAGE;
+		uint64_t began = now_ns();
+		uint8_t value = *page;
+		ns[i] = now_ns() - began;
+		NEED(value == 0x5a);
+	}
+	end_child(handler);
+	close(uffd);
+	munmap(memory, len);
+}
+
+int main(int argc, char **argv)
+{
+	size_t count = argc == 2 ? strtoul(argv[1], NULL, 10) : 0;
+	struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+	socklen_t len = sizeof(address);
+
+	if (count == 0) {
+		fprintf(stderr, "usage: floor FAULTS\n");
+		return 2;
+	}
+	/* So that i * 7 % count visits every page. */
+	count += count % 7 == 0;
+	uint64_t *ns = calloc(count, sizeof(*ns));
+	int listener = socket(AF_INET, SOCK_STREAM, 0);
+	NEED(ns && listener >= 0 && bind(listener, (struct sockaddr *)&address, len) == 0);
+	NEED(listen(listener, 4) == 0 && getsockname(listener, (struct sockaddr *)&address, &len) == 0);
+	pid_t server = begin_child();
+	if (server == 0)
+		serve_pages(listener);
+	measure_faults(&address, ns, count);
+	printf("{\"fault_us\": ");
+	print_percentiles(ns, count);
+	measure_round_trip(&address, ns, count);
+	printf(", \"round_trip_us\": ");
+	print_percentiles(ns, count);
+	measure_faults(NULL, ns, count);
+	printf(", \"local_fault_us\": ");
+	print_percentiles(ns, count);
+	printf("}\n");
+	end_child(server);
+	return 0;
+}
