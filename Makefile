@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup
+PICTURES := $(VENV)/.bench
 APT := build-essential python3-dev python3-venv pkg-config libnghttp2-dev libxxhash-dev libcapstone-dev iproute2 nftables systemd
 
 C_SOURCES := $(wildcard daemon/native/*.c daemon/libpostcopy/*.c)
@@ -13,7 +14,7 @@ C_CHECK := gcc -std=gnu11 -fsyntax-only -Wall -Wextra -Werror -Wshadow -Wstrict-
 REQUIRE := $(if $(wildcard /dev/kvm),REQUIRE_KVM=1) $(if $(wildcard /dev/userfaultfd),REQUIRE_UFFD=1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup apt build check test demo docs clean
+.PHONY: help setup apt build check test demo bench bench-quick docs clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -49,6 +50,16 @@ test: build ## Run the tests
 
 demo: build ## Migrate a guest on this host and show what happens
 	$(BIN)/postcopyd demo
+
+$(PICTURES): pyproject.toml constraints.txt
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[bench]'
+	touch $@
+
+bench: build $(PICTURES) ## Measure, at most 10 minutes; figures and pictures go into docs/
+	$(BIN)/python bench/bench.py
+
+bench-quick: build ## Measure in 90 s, with the same keys; docs/ stays as it is
+	$(BIN)/python bench/bench.py --quick
 
 docs: build ## Write the generated parts of docs/ and deploy/
 	$(BIN)/python -m postcopyd.docs
