@@ -125,10 +125,13 @@ class PagerModel(RuleBasedStateMachine):
                 self.kernel.touch(tid, self.next_free)
             self.next_free += 1 << 30
 
-    @rule(choice=small_numbers)
-    def populate_behind(self, choice: int) -> None:
+    @rule(choice=small_numbers, waited_for=st.booleans())
+    def populate_behind(self, choice: int, waited_for: bool) -> None:
         """Shared memory gets content past the userfaultfd, and who waits for it is not woken."""
         hva = self.some_address(choice)
+        waits = sorted(w.hva for w in self.kernel.blocked.values() if w.hva in self.kernel.mapped)
+        if waited_for and waits:
+            hva = waits[choice % len(waits)]
         if (
             hva is not None
             and self.kernel.mapped[hva].content is None
@@ -162,7 +165,7 @@ class PagerModel(RuleBasedStateMachine):
 
     @rule()
     def retry(self) -> None:
-        self.signals |= self.pager.retry()
+        self.signals = self.signals & ~Signal.STALLED | self.pager.retry()
 
     @rule()
     def ask_for_demand(self) -> None:
@@ -181,6 +184,7 @@ class PagerModel(RuleBasedStateMachine):
     def stream_breaks(self, lane: Lane) -> None:
         self.source.forget(lane)
         self.pager.reset_lane(lane)
+        self.signals |= Signal.STALLED  # "call pager_retry when there is another"
 
     @rule(calls=st.integers(1, 40))
     def will_die(self, calls: int) -> None:
@@ -309,8 +313,9 @@ class PagerModel(RuleBasedStateMachine):
             return
         s = self.pager.stats()
         assert s.missing + s.requested + s.present + s.zero == s.pages == len(self.every_page)
-        limit = 1 << 40
-        assert max(s.faults, s.demand, s.pushed, s.removed, s.waiting, self.pager.bulk_inflight_bytes) < limit
+        assert max(s.faults, s.demand, s.pushed, s.removed, s.waiting) < 1 << 40
+        assert self.pager.bulk_inflight_bytes == sum(o.len_bytes for o in self.source.outstanding[Lane.BULK])
+        assert self.pager.demand_inflight == len(self.source.outstanding[Lane.DEMAND])
         if self.pager.is_complete():
             assert s.missing == s.requested == s.waiting == 0
             self.every_page_is_in_place_or_zero_by_right()
@@ -325,18 +330,16 @@ class PagerModel(RuleBasedStateMachine):
         self.kernel.short_for = 0
         self.kernel.most_pages = 0
         self.kernel.calls_to_live = -1
-        for lane in Lane:
-            self.stream_breaks(lane)
-        signals = self.pager.retry()
         for _ in range(30):
             self.kernel.lazy_changes = 0
-            signals |= self.pager.drain()
+            self.drain()
             self.kernel.finish_changes()
-            if signals & Signal.STALLED:
+            if self.signals & Signal.STALLED:
                 # As the demultiplexer does: nothing is tried again that was not announced.
-                signals = self.pager.drain() | self.pager.retry()
+                self.drain()
+                self.retry()
             self.honest_round()
-            signals |= self.pager.take_signals()
+            self.signals |= self.pager.take_signals()
             if self.pager.is_complete() and not self.kernel.blocked and not self.kernel.unread:
                 break
         assert self.pager.is_complete()
