@@ -67,7 +67,7 @@ class Served:
     def step(self, *, push: bool = False, answer: bool = True) -> None:
         """Read, ask, answer, try again what stalled."""
         was_stalled = self.signals & Signal.STALLED
-        self.signals = self.pager.drain()
+        self.signals = Signal(self.pager.drain())
         if was_stalled:
             self.signals |= self.pager.retry()
         while body := self.pager.encode_demand():

@@ -52,6 +52,7 @@ def test_each_format_has_exactly_the_fields_of_its_version() -> None:
                         "host_virt_addr": base,
                         "size": 3 * MIB,
                         "backing_file_offset": 0,
+                        "page_size": 4096,
                     }
                 ],
             },
