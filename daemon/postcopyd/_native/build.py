@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from cffi import FFI
 
 PACKAGE = Path(__file__).resolve().parent
 NATIVE = PACKAGE.parent.parent / "native"
+LIBRARY = NATIVE.parent / "libpostcopy"
 BUILD = NATIVE.parent.parent / "build" / "native"
 
 CFLAGS = [
@@ -91,8 +93,50 @@ class Module:
         staged.replace(self.target)
 
 
+@dataclass(frozen=True)
+class SharedLibrary:
+    """A library that no Python imports, carried beside the modules: files below daemon/libpostcopy, and others."""
+
+    name: str
+    sources: tuple[str, ...]
+
+    @property
+    def target(self) -> Path:
+        return PACKAGE / f"{self.name}.so"
+
+    def is_stale(self) -> bool:
+        if not self.target.exists():
+            return True
+        built = self.target.stat().st_mtime
+        inputs = [Path(__file__), *(LIBRARY / s for s in self.sources), *LIBRARY.glob("*.h"), *NATIVE.glob("*.h")]
+        return any(path.stat().st_mtime > built for path in inputs)
+
+    def build(self) -> None:
+        """Compile and link in one step, then replace the old one."""
+        staged = self.target.with_suffix(".new")
+        flags = [*CFLAGS, *shlex.split(os.environ.get("POSTCOPYD_CFLAGS", ""))]
+        command = ["gcc", *flags, "-fPIC", "-shared", "-pthread", f"-I{NATIVE}", f"-I{LIBRARY}", "-o", str(staged)]
+        subprocess.run([*command, *(str(LIBRARY / s) for s in self.sources)], check=True)
+        staged.replace(self.target)
+
+
+# The preload shim replaces mmap(2): it must not get into any module.
 LIBPOSTCOPY = tuple(
-    f"../libpostcopy/{path.name}" for path in sorted((NATIVE.parent / "libpostcopy").glob("*.c"))
+    f"../libpostcopy/{path.name}"
+    for path in sorted(LIBRARY.glob("*.c"))
+    if not path.name.startswith("preload")
+)
+
+PRELOAD = SharedLibrary(
+    "libpostcopy-preload",
+    sources=(
+        "preload.c",
+        "preload_block.c",
+        "preload_config.c",
+        "preload_handoff.c",
+        "preload_keeper.c",
+        "../native/uffd.c",
+    ),
 )
 
 MODULES = (
@@ -171,12 +215,12 @@ MODULES = (
 
 def main(names: list[str]) -> None:
     """Build the named modules, or all, where stale. Modules whose C is absent are named and skipped."""
-    for module in MODULES:
-        if names and module.name not in names:
+    for result in (*MODULES, PRELOAD):
+        if names and result.name not in names:
             continue
-        if module.is_stale():
-            print(f"building postcopyd._native._{module.name}", flush=True)
-            module.build()
+        if result.is_stale():
+            print(f"building {result.target.name}", flush=True)
+            result.build()
 
 
 if __name__ == "__main__":
