@@ -116,6 +116,13 @@ static int adopt_lanes(struct exit_ring *ring)
 	return EXIT_RING_OK;
 }
 
+/* Awake: rings would be for nothing. One that is under way does no harm. */
+static void disarm(struct exit_ring *ring)
+{
+	if (READ_RELAXED(ring->header->armed))
+		__atomic_store_n(&ring->header->armed, 0, __ATOMIC_RELAXED);
+}
+
 int exit_ring_attach(struct exit_ring *ring, void *mem, size_t len)
 {
 	struct exit_ring_header seen;
@@ -148,6 +155,7 @@ int exit_ring_attach(struct exit_ring *ring, void *mem, size_t len)
 		exit_ring_detach(ring);
 		return error;
 	}
+	disarm(ring);
 	WRITE_RELEASE(ring->header->accepted, ring->features);
 	return EXIT_RING_OK;
 }
@@ -259,9 +267,11 @@ static uint32_t next_backlog(const struct exit_ring *ring, uint32_t from)
 
 int exit_ring_drain(struct exit_ring *ring, struct exit_fault *out, unsigned max, unsigned *count)
 {
-	int error = take_pending(ring);
 	bool wrapped = false;
+	int error;
 
+	disarm(ring);
+	error = take_pending(ring);
 	*count = 0;
 	while (!error && *count < max) {
 		uint32_t vcpu = next_backlog(ring, ring->cursor);

@@ -1,7 +1,7 @@
 """Which pages an instruction needs: the resolver's answer against what the processor touched, on the real kernel.
 
-Each case runs in a guest with all its memory, where the guest's own accessed bits tell the pages, and in one whose memory comes
-through libpostcopy. Pages are numbers of the memory under test, which begins at 0x200000.
+Each case runs in a guest with all its memory, where the guest's own accessed bits tell the pages, and in one whose
+memory comes through libpostcopy. Pages are numbers of the memory under test, which begins at 0x200000.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ USER_CASES = [
         RSP_PAGE,
         RBP_PAGE - 1,
         RBP_PAGE,
-    ),  # fmt: skip
+    ),
     case("leave", "c9", f"rsp={RSP} rbp={RBP}", RBP_PAGE),
     # Strings.
     case(
@@ -178,7 +178,7 @@ USER_CASES = [
         RDI_PAGE + 1,
         RSI_PAGE,
         RSI_PAGE + 1,
-    ),  # fmt: skip
+    ),
     case(
         "move string backwards",
         "fdf3a4",
@@ -187,7 +187,7 @@ USER_CASES = [
         RDI_PAGE,
         RSI_PAGE - 1,
         RSI_PAGE,
-    ),  # fmt: skip
+    ),
     case(
         "move string, one element across pages",
         "48a5",
