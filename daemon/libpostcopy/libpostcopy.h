@@ -32,6 +32,10 @@ extern "C" {
 /* The most pages that one exit is answered with; an instruction that needs more exits again. */
 #define POSTCOPY_PAGES_MAX 16u
 
+#ifdef __GNUC__
+#pragma GCC visibility push(default)
+#endif
+
 struct postcopy;
 
 /* Guest memory that is registered with the userfaultfd. Bytes; all but `page_size` multiples of it. */
@@ -85,7 +89,8 @@ void postcopy_stop_watch(struct postcopy *pc);
 
 /* --- a vCPU ----------------------------------------------------------------------------------------------------- */
 
-/* What KVM_RUN gave. */
+/* What KVM_RUN gave. Set KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS in run->kvm_valid_regs once, if KVM_CAP_SYNC_REGS has both:
+ * then an exit's registers are at hand, and asking for them costs no system calls. */
 struct postcopy_exit {
 	int ret;     /* of the ioctl */
 	int error;   /* errno, if ret < 0 */
@@ -195,6 +200,10 @@ void postcopy_probe(const struct postcopy_kvm_ops *ops, struct postcopy_probe_re
 /* POSTCOPY_METHOD_USERFAULT: the pages are populated, let vCPUs touch them. `bitmap` has a bit for each page of the memslot,
  * set: exit. Everything written to the pages before is visible to who finds the bits clear. */
 void postcopy_userfault_clear(uint64_t *bitmap, uint64_t first_page, uint64_t count);
+
+#ifdef __GNUC__
+#pragma GCC visibility pop
+#endif
 
 #ifdef __cplusplus
 }
