@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
@@ -12,13 +14,14 @@ import structlog
 
 from .errors import Code, HandoffError, InvariantError
 from .handoff.channel import receive_chunk
-from .handoff.message import EXIT_NOTIFY, EXIT_RING
+from .handoff.message import EXIT_NOTIFY, EXIT_RING, PinnedRange
+from .handoff.offer import send_acknowledgement
 from .handoff.regions import MemoryRegion
 from .status import MigrationSpec
 from .transport import ImageInfo
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from .handoff.descriptors import OwnedFd
     from .handoff.offer import Handoff
@@ -33,10 +36,24 @@ RING = "ring"
 DOORBELL = "doorbell"
 
 
+class Phase(StrEnum):
+    """How far the keeping of a session's descriptors got; what the next process may conclude from what is missing.
+
+    STORING: they are on their way into the store; the VMM was told nothing. HELD: all are there. ENDED: the memory is
+    unregistered, or gone; what is left is only to be let go.
+    """
+
+    STORING = "storing"
+    HELD = "held"
+    ENDED = "ended"
+
+
 class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
     """The session descriptor in state memory (JSON). Fields are only added; unknown ones are ignored.
 
     began_at: seconds since the epoch, as a monotonic clock does not outlive the process.
+    kinds: of all the descriptors that belong to it.
+    mark: names this state memory, so that an older copy of it is known for what it is.
     """
 
     version: Literal[1] = 1
@@ -48,6 +65,13 @@ class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
     vmm_pid: int
     socket_is_liveness: bool
     began_at: float
+    phase: Phase = Phase.HELD
+    kinds: tuple[str, ...] = ()
+    wants_ack: bool = False
+    acknowledged: bool = True
+    keep_state: bool = False
+    mark: int = 0
+    pinned: tuple[PinnedRange, ...] = ()
 
     @property
     def memory_bytes(self) -> int:
@@ -108,31 +132,63 @@ class Attachment:
         return None if self.doorbell is None else self.doorbell.fileno()
 
     def descriptors(self) -> dict[str, int]:
-        """What a store must hold, by kind; the state memory is not ours."""
+        """What a store must hold, by kind; the state memory is not ours.
+
+        The socket is the last: as long as the store lacks it, the end of this process ends the VMM's connection, and
+        so its wait for an answer.
+        """
         held = {UFFD: self.uffd.fileno()}
-        if self.sock is not None:
-            held[SOCKET] = self.sock.fileno()
-        for kind, owned in ((PIDFD, self.pidfd), (RING, self.ring), (DOORBELL, self.doorbell)):
+        for kind, owned in ((RING, self.ring), (DOORBELL, self.doorbell), (PIDFD, self.pidfd)):
             if owned is not None:
                 held[kind] = owned.fileno()
+        if self.sock is not None:
+            held[SOCKET] = self.sock.fileno()
         return held
+
+    def is_of(self, handoff: Handoff) -> bool:
+        """Whether `handoff` presents this very memory again, by the same VMM."""
+        ours, theirs = os.fstat(self.uffd.fileno()), os.fstat(handoff.uffd.fileno())
+        # A userfaultfd has an inode of its own since Linux 5.12; before, all of them share one, and the rest decides.
+        return (
+            (ours.st_dev, ours.st_ino) == (theirs.st_dev, theirs.st_ino)
+            and handoff.vmm_pid == self.record.vmm_pid
+            and handoff.regions == self.record.regions
+        )
+
+    def replace_socket(self, sock: socket.socket) -> None:
+        """The VMM speaks through `sock` from now on, which is ours."""
+        former, self.sock = self.sock, sock
+        # Without a pidfd the former one is being read (wait_gone), which closes it.
+        if former is not None and self.pidfd is not None:
+            former.close()
+
+    async def acknowledge(self, descriptors: Sequence[int] = ()) -> None:
+        """Tell the VMM that its memory is served whatever becomes of this process. Raises HandoffError."""
+        if self.sock is not None:
+            await send_acknowledgement(self.sock, descriptors)
 
     async def wait_gone(self) -> None:
         """Return when the process that handed over has ended, as far as that can be known; else never."""
         if self.pidfd is not None:
             await _readable(self.pidfd.fileno())
             return
-        if self.sock is not None and self.record.socket_is_liveness:
-            try:
-                while (chunk := await receive_chunk(self.sock)).data:
-                    for descriptor in chunk.descriptors:
-                        descriptor.close()
-                    log.warning("handoff.unexpected", len_bytes=len(chunk.data), pid=self.record.vmm_pid)
-            except HandoffError as error:
-                if error.code is not Code.VMM_GONE:
-                    log.warning("handoff.unexpected", code=error.code, error=error.message)
-            return
+        while self.sock is not None and self.record.socket_is_liveness:
+            watched = self.sock
+            await self._read_to_end(watched)
+            if self.sock is watched:
+                return
+            watched.close()
         await asyncio.Event().wait()
+
+    async def _read_to_end(self, sock: socket.socket) -> None:
+        try:
+            while (chunk := await receive_chunk(sock)).data:
+                for descriptor in chunk.descriptors:
+                    descriptor.close()
+                log.warning("handoff.unexpected", len_bytes=len(chunk.data), pid=self.record.vmm_pid)
+        except HandoffError as error:
+            if error.code is not Code.VMM_GONE:
+                log.warning("handoff.unexpected", code=error.code, error=error.message)
 
     def close(self) -> None:
         """Close all; idempotent. Only after the memory is unregistered, or gone."""

@@ -36,6 +36,7 @@ class Code(StrEnum):
     HANDOFF_VERSION = "handoff.version"
     HANDOFF_BUSY = "handoff.busy"
     HANDOFF_NO_MIGRATION = "handoff.no_migration"
+    HANDOFF_STALE_STATE = "handoff.stale_state"
     EXIT_RING_BROKEN = "exit_ring.broken"
     STORE_FULL = "store.full"
     STORE_INCOMPLETE = "store.incomplete"
@@ -232,6 +233,12 @@ CATALOGUE: dict[Code, Entry] = {
         HandoffError,
         "A VMM connected to the default socket, and it is not clear for which migration.",
         "Prepare exactly one, name a default source in the configuration, or use the socket that `prepare` printed.",
+    ),
+    Code.HANDOFF_STALE_STATE: Entry(
+        HandoffError,
+        "A VMM came back after the end of a daemon, without the state memory that it was given last, or with another.",
+        "Without it the pages that the guest gave back are not known, so it is not served: end that VMM, cancel the "
+        "migration, and begin again.",
     ),
     Code.EXIT_RING_BROKEN: Entry(
         HandoffError,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import socket
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,14 +11,22 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from .attachment import STATE, UFFD, Attachment, SessionRecord
-from .crash import crash_point
-from .errors import Code, HandoffError, InvariantError, MigrationError, PostcopyError, SourceError
+from .adoption import examine
+from .attachment import STATE, UFFD, Phase
+from .errors import (
+    Code,
+    ConfigError,
+    HandoffError,
+    InvariantError,
+    MigrationError,
+    PostcopyError,
+    SourceError,
+)
 from .fetcher import TOTAL_WINDOW_BYTES, WINDOW_BYTES
 from .handoff.message import EXIT_NOTIFY, EXIT_RING
+from .handoff.message import STATE as PRESENTED_STATE
 from .handoff.socket import HandoffListener
 from .pacing import Shares
-from .pager import StateMemory
 from .prepared import PreparedRecord, PreparedStore
 from .session import Session
 from .status import Limits, MigrationSpec, MigrationStatus, State
@@ -36,7 +43,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-SERVED = frozenset({UFFD, EXIT_RING, EXIT_NOTIFY})
+SERVED = frozenset({UFFD, EXIT_RING, EXIT_NOTIFY, PRESENTED_STATE})
 """Descriptors of a framed hand-off that a session uses."""
 
 FINISHED_KEPT = 64
@@ -49,10 +56,14 @@ ADOPT_WAIT_S = 2.0
 
 @dataclass
 class Entry:
-    """A session with its socket and those who watch it."""
+    """A session with its socket and those who watch it.
+
+    expected_pid: of the VMM that an earlier daemon without a store served; 0: none.
+    """
 
     session: Session
     socket_path: str
+    expected_pid: int = 0
     listener: HandoffListener | None = None
     listening: asyncio.Task[None] | None = None
     serving: asyncio.Task[None] | None = None
@@ -95,7 +106,7 @@ class Manager:
         self._clones = 0
         self._draining = False
         # Descriptors of sessions that cannot be served: held, as closing them would let their guests read zeros.
-        self._unadopted: list[dict[str, OwnedFd]] = []
+        self._unadopted: dict[str, dict[str, OwnedFd]] = {}
 
     # -- control.api.MigrationManager
 
@@ -161,55 +172,78 @@ class Manager:
     async def adopt(self, stored: dict[str, dict[str, OwnedFd]]) -> None:
         """Go on with the sessions that the store kept. What cannot be served is reported, kept open, never closed."""
         for id, fds in stored.items():
+            self._store.note_held(stored_name(kind, id) for kind in fds)
             try:
-                self._adopt_one(id, fds)
-            except (PostcopyError, OSError, ValueError) as error:
+                await self._adopt_one(id, fds)
+            except PostcopyError as error:
                 log.error(
                     "session.not_adopted",
                     code=Code.STORE_INCOMPLETE,
                     migration=id,
                     kinds=sorted(fds),
-                    error=str(error),
+                    error=error.message,
                 )
-                self._unadopted.append(fds)
+                self._unadopted[id] = fds
         for record in self._prepared.load():
-            if record.spec.id in self._entries:
-                self._prepared.remove(record.spec.id)
-                continue
-            entry = self._enter(record.spec, record.image, record.socket_path)
-            try:
-                self._listen(entry)
-            except PostcopyError as error:
-                entry.session.fail(error)
-            log.info("migration.prepared_again", migration=record.spec.id, socket=record.socket_path)
+            self._prepare_again(record)
         await self._wait_running()
 
-    async def _wait_running(self) -> None:
-        """Return when every adopted session has its source again, or knows that it has not."""
-        for entry in [e for e in self._entries.values() if e.serving is not None]:
-            async with self.changes(entry.session.spec.id) as changed:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(ADOPT_WAIT_S):
-                        while entry.session.state is State.CONNECTED:
-                            await changed.wait()
-                            changed.clear()
-
-    def _adopt_one(self, id: str, fds: dict[str, OwnedFd]) -> None:
-        self._store.note_held(stored_name(kind, id) for kind in fds)
-        if UFFD not in fds or STATE not in fds:
-            raise InvariantError(
-                f"the store kept {sorted(fds)} of it; the userfaultfd and the state are needed"
+    async def _adopt_one(self, id: str, fds: dict[str, OwnedFd]) -> None:
+        kept = examine(id, fds)
+        record = kept.record
+        if not kept.can_be_served:
+            log.warning(
+                "session.let_go", migration=id, phase=record.phase, vmm_pid=record.vmm_pid, kinds=sorted(fds)
             )
-        state = StateMemory(fds[STATE].fileno(), os.fstat(fds[STATE].fileno()).st_size)
-        record = SessionRecord.decode(state.descriptor)
+            if record.phase is Phase.ENDED:
+                self._prepared.remove(id)
+            await self._store.remove(id, [*(kind for kind in fds if kind != STATE), STATE])
+            kept.close()
+            return
         entry = self._enter(record.spec, record.image, record.socket_path)
         try:
-            entry.session.adopt(Attachment.from_store(record, fds), state)
+            entry.session.adopt(kept.attachment(), kept.state)
         except BaseException:
             del self._entries[id]
             raise
-        fds[STATE].take()
         entry.serving = asyncio.ensure_future(self._serve(entry))
+        # A VMM that lost its connection presents itself again.
+        self._listen_again(entry)
+
+    def _prepare_again(self, record: PreparedRecord) -> None:
+        id = record.spec.id
+        if id in self._entries:
+            return
+        if id in self._unadopted:
+            log.error("prepared.not_again", migration=id, detail="the store holds a session of this id")
+            return
+        # A daemon without a store served it: only its VMM knows how far that got.
+        entry = self._enter(record.spec, record.image, record.socket_path, mark=record.mark or None)
+        entry.expected_pid = record.vmm_pid
+        self._listen_again(entry)
+        log.info(
+            "migration.prepared_again", migration=id, socket=record.socket_path, attached=bool(record.mark)
+        )
+
+    def _listen_again(self, entry: Entry) -> None:
+        if entry.socket_path == self._config.default_socket:
+            return
+        try:
+            self._listen(entry)
+        except PostcopyError as error:
+            log.error("handoff.not_listening", path=entry.socket_path, code=error.code, error=error.message)
+            if entry.session.is_vacant:
+                entry.session.fail(error)
+
+    async def _wait_running(self) -> None:
+        """Return when every adopted session has its source again, or knows that it has not."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ADOPT_WAIT_S):
+                for entry in [e for e in self._entries.values() if e.serving is not None]:
+                    async with self.changes(entry.session.spec.id) as changed:
+                        while entry.session.state is State.CONNECTED:
+                            await changed.wait()
+                            changed.clear()
 
     def listen_by_default(self, path: str) -> None:
         """Take VMMs at a socket that no `prepare` gave out. Raises ConfigError, MigrationError."""
@@ -277,7 +311,8 @@ class Manager:
                 Code.MIGRATION_EXISTS, "this daemon is being stopped and takes no new migration"
             )
         known = self._entries.get(id)
-        if id in self._preparing or (known is not None and not known.session.state.is_final):
+        is_taken = known is not None and (not known.session.state.is_final or known.session.holds_memory)
+        if id in self._preparing or id in self._unadopted or is_taken:
             raise MigrationError(
                 Code.MIGRATION_EXISTS, f"migration {id!r} exists; cancel it or choose another id"
             )
@@ -307,7 +342,7 @@ class Manager:
                 await transport.close()
         raise last or SourceError(Code.SOURCE_UNREACHABLE, f"migration {spec.id!r} names no page source")
 
-    def _enter(self, spec: MigrationSpec, image: ImageInfo, path: str) -> Entry:
+    def _enter(self, spec: MigrationSpec, image: ImageInfo, path: str, mark: int | None = None) -> Entry:
         session = Session(
             spec,
             image,
@@ -316,6 +351,8 @@ class Manager:
             silent_after_s=self._config.silent_after_s,
             store=self._store,
             shares=self._shares,
+            ended=lambda: self._prepared.remove(spec.id),
+            mark=mark,
         )
         entry = Entry(session, path)
         self._entries.pop(spec.id, None)
@@ -344,6 +381,9 @@ class Manager:
     async def _take(self, entry: Entry, handoff: Handoff) -> None:
         """Give a hand-off to its session; a refusal leaves the session waiting for a better one."""
         try:
+            if not entry.session.is_vacant:
+                await entry.session.take_again(handoff)
+                return
             await entry.session.take(handoff, entry.socket_path)
         except PostcopyError as error:
             self._count_handoff_error(error.code)
@@ -353,14 +393,24 @@ class Manager:
             raise HandoffError(
                 Code.MEMORY_SHORT, f"no memory or descriptor for the ledger of a hand-off: {error.strerror}"
             ) from error
+        self._remember(entry)
         entry.serving = asyncio.ensure_future(self._serve(entry))
-        self._prepared.remove(entry.session.spec.id)
-        crash_point("handoff.before_ack")
+
+    def _remember(self, entry: Entry) -> None:
+        """Before the VMM is answered: which state memory it must present to a daemon that finds no store."""
+        session = entry.session
         try:
-            await handoff.acknowledge()
-        except HandoffError as error:
-            # It is taken all the same: a VMM that is gone is found by its pidfd.
-            log.warning("handoff.not_acknowledged", migration=entry.session.spec.id, error=str(error))
+            self._prepared.save(
+                PreparedRecord(
+                    spec=session.spec,
+                    image=session.image,
+                    socket_path=entry.socket_path,
+                    mark=session.mark,
+                    vmm_pid=session.vmm_pid,
+                )
+            )
+        except ConfigError as error:
+            log.error("prepared.not_saved", migration=session.spec.id, code=error.code, error=error.message)
 
     async def _serve(self, entry: Entry) -> None:
         try:
@@ -374,8 +424,11 @@ class Manager:
             self._forget_old()
 
     async def _on_default_handoff(self, handoff: Handoff) -> None:
-        waiting = [e for e in self._entries.values() if e.session.is_vacant]
-        if len(waiting) == 1:
+        known = self._known(handoff)
+        waiting = [e for e in self._entries.values() if e.session.is_vacant and not e.expected_pid]
+        if known is not None:
+            await self._take(known, handoff)
+        elif len(waiting) == 1:
             await self._take(waiting[0], handoff)
         elif self._config.default_source and not waiting:
             entry = await self._make_default()
@@ -393,11 +446,27 @@ class Manager:
                 "one, or set default_source and default_image, or use the socket that `prepare` printed",
             )
 
+    def _known(self, handoff: Handoff) -> Entry | None:
+        """The migration of a VMM that presents its memory again."""
+        for entry in self._entries.values():
+            if entry.session.is_of(handoff) or (
+                entry.session.is_vacant
+                and entry.expected_pid == handoff.vmm_pid != 0
+                and PRESENTED_STATE in handoff.extras
+            ):
+                return entry
+        return None
+
     async def _make_default(self) -> Entry:
         """A migration that only the configuration announced: many VMMs may start from the same image."""
-        self._clones += 1
+        while True:
+            self._clones += 1
+            id = f"{self._config.default_image}-{self._clones}"
+            # An earlier process counted too.
+            if id not in self._entries and id not in self._unadopted:
+                break
         spec = MigrationSpec(
-            id=f"{self._config.default_image}-{self._clones}",
+            id=id,
             sources=tuple(self._config.default_source),
             image_id=self._config.default_image,
             limits=self._config.default_limits(),
@@ -410,7 +479,11 @@ class Manager:
         self._count_handoff_error(error.code)
 
     def _forget_old(self) -> None:
-        final = [id for id, entry in self._entries.items() if entry.session.state.is_final]
+        final = [
+            id
+            for id, entry in self._entries.items()
+            if entry.session.state.is_final and not entry.session.holds_memory
+        ]
         for id in final[: max(0, len(final) - FINISHED_KEPT)]:
             del self._entries[id]
 

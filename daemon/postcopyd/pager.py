@@ -154,6 +154,13 @@ class Pager:
         # Not NULL, which the C would follow: a call on a closed pager is a TypeError.
         self._pager = None
 
+    def regions(self) -> list[tuple[int, int, int, int]]:
+        """Host virtual address, bytes, offset in the image and page size of each region, as they were handed over."""
+        return [
+            (r.hva, r.len_bytes, r.image_offset, 1 << r.page_shift)
+            for r in self._pager.region[0 : self._pager.state.regions]
+        ]
+
     def attach_ring(self, fd: int) -> None:
         """Serve the fault exits of vCPUs in the ring that `fd`, a sealed memfd, holds; `fd` stays the caller's.
 

@@ -1,6 +1,7 @@
 """Prepared migrations on disk, so that a daemon that comes back listens for the same VMMs again.
 
-A prepared migration holds nothing of a guest: what must not be lost (descriptors, ledger) is in the descriptor store.
+Nothing of a guest is here: what must not be lost (descriptors, ledger) is in the descriptor store, or with a VMM that
+was given its state memory. Of a VMM that handed over, the file says which state memory it must present.
 """
 
 from __future__ import annotations
@@ -24,9 +25,13 @@ log = structlog.get_logger(__name__)
 
 
 class PreparedRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """mark, vmm_pid: of the state memory that a VMM was given; 0: none handed over yet."""
+
     spec: MigrationSpec
     image: ImageInfo
     socket_path: str
+    mark: int = 0
+    vmm_pid: int = 0
 
 
 class PreparedStore:

@@ -11,28 +11,28 @@ import asyncio
 import errno
 import signal
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
 import structlog
 
-from .attachment import STATE, Attachment, SessionRecord
+from .attachment import SOCKET, STATE, Attachment, Phase
 from .crash import crash_point
 from .demux import Demultiplexer
 from .errors import Code, HandoffError, KernelError, MigrationError, PostcopyError, SourceError
 from .fetcher import Fetcher
-from .handoff.message import EXIT_NOTIFY, EXIT_RING
+from .handoff.descriptors import OwnedFd
 from .installer import Installer
-from .pager import Pager, PagerStats, StateMemory, probe_registered
-from .status import NEXT_STATES, Limits, MigrationSpec, MigrationStatus, OnLoss, State, ThreadBlocktime
+from .memory import Memory
+from .pager import probe_registered
+from .status import NEXT_STATES, Limits, MigrationSpec, MigrationStatus, OnLoss, State
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .handoff.offer import Handoff
-    from .handoff.regions import MemoryRegion
     from .pacing import Shares
+    from .state_memory import StateMemory
     from .store import DescriptorStore
     from .transport import ImageInfo, TransportFactory
 
@@ -43,33 +43,14 @@ GONE_PROBE_S = 0.05
 GONE_PROBES = 100
 
 
-@dataclass
-class Memory:
-    """What exists from the hand-off to the end."""
-
-    vmm: Attachment
-    state: StateMemory
-    pager: Pager
-
-    @property
-    def record(self) -> SessionRecord:
-        return self.vmm.record
-
-    @property
-    def uffd(self) -> int:
-        return self.vmm.uffd.fileno()
-
-    def descriptors(self) -> dict[str, int]:
-        """What must outlive the process, by kind."""
-        return {**self.vmm.descriptors(), STATE: self.state.fd}
-
-
 class Session:
     """A migration.
 
     Args:
         spec: as prepared; `image` is what its source described.
         changed: called whenever the status may have changed; must be quick.
+        ended: called when the guest needs nothing more, or is gone, before the store forgets the session.
+        mark: of the state memory that a VMM must present, if an earlier daemon served it; see Memory.of_handoff.
     """
 
     def __init__(
@@ -79,14 +60,18 @@ class Session:
         factory: TransportFactory,
         *,
         changed: Callable[[], None],
+        ended: Callable[[], None],
         silent_after_s: float,
         store: DescriptorStore,
         shares: Shares,
+        mark: int | None = None,
     ) -> None:
         self.spec = spec
         self.image = image
         self._factory = factory
         self._changed = changed
+        self._ended_before_store = ended
+        self._mark = mark
         self._silent_after_s = silent_after_s
         self._store = store
         self._shares = shares
@@ -108,8 +93,6 @@ class Session:
         self._cancelling = False
         self._broken = False
         self._poisoned = False
-        self._last_stats: PagerStats | None = None
-        self._last_blocktime: tuple[ThreadBlocktime, ...] = ()
 
     @property
     def state(self) -> State:
@@ -122,35 +105,36 @@ class Session:
 
     # -- hand-off
 
+    @property
+    def holds_memory(self) -> bool:
+        return self._memory is not None and not self._memory.is_closed
+
+    def is_of(self, handoff: Handoff) -> bool:
+        """Whether `handoff` presents the memory that is served here, by the same VMM."""
+        memory = self._memory
+        return memory is not None and not self._state.is_final and memory.vmm.is_of(handoff)
+
+    @property
+    def mark(self) -> int:
+        """Of the state memory in use, 0 without one."""
+        return 0 if self._memory is None else self._memory.record.mark
+
+    @property
+    def vmm_pid(self) -> int:
+        return 0 if self._memory is None else self._memory.record.vmm_pid
+
     async def take(self, handoff: Handoff, socket_path: str) -> None:
         """Take over a VMM's memory: check it against the image and the kernel, make the ledger, have all of it kept.
 
-        On return the descriptors are the session's and the store holds them: the caller acknowledges and then
-        awaits `serve`.
+        On return the descriptors are the session's and the store holds them; `serve` acknowledges them.
 
         Raises:
-            HandoffError: BUSY, BEYOND_IMAGE, NOT_REGISTERED or STORE_FULL; KernelError: the store does not answer;
+            HandoffError: BUSY, STORE_FULL, or as Memory.of_handoff; KernelError: the store does not answer;
                 OSError: no memory or descriptor. `handoff` stays the caller's then.
         """
         if not self.is_vacant:
-            raise HandoffError(
-                Code.HANDOFF_BUSY, f"migration {self.spec.id!r} has a VMM already; prepare one for each VMM"
-            )
-        handoff.check_image(self.image.size_bytes)
-        uffd = handoff.uffd.fileno()
-        for region in handoff.regions:
-            _check_registered(uffd, region)
-        record = SessionRecord(
-            spec=self.spec,
-            image=self.image,
-            socket_path=socket_path,
-            format_name=handoff.format_name,
-            regions=handoff.regions,
-            vmm_pid=handoff.vmm_pid,
-            socket_is_liveness=handoff.socket_is_liveness,
-            began_at=time.time(),
-        )
-        memory = _make_memory(record, handoff)
+            raise self._busy()
+        memory = Memory.of_handoff(handoff, self.spec, self.image, socket_path, self._mark)
         crash_point("handoff.before_store")
         self._memory = memory
         try:
@@ -158,16 +142,40 @@ class Session:
         except BaseException:
             self._memory = None
             await self._unstore(memory)
-            memory.pager.close()
-            memory.state.close()
+            memory.let_go()
             raise
+        memory.note(phase=Phase.HELD)
         self._begin(memory, "handoff.accepted")
+
+    async def take_again(self, handoff: Handoff) -> None:
+        """The VMM lost its connection, or an answer, and presents the same memory: go on, and answer there.
+
+        Raises:
+            HandoffError: BUSY: it is another VMM, or other memory. `handoff` stays the caller's then.
+            KernelError: the store does not answer.
+        """
+        memory = self._memory
+        if memory is None or not self.is_of(handoff):
+            raise self._busy()
+        await self._store.remove(self.spec.id, [SOCKET])
+        sock = handoff.take_socket()
+        memory.vmm.replace_socket(sock)
+        await self._store.put(self.spec.id, {SOCKET: sock.fileno()})
+        memory.note(keep_state=handoff.message.keep_state)
+        # What came with it, we have.
+        handoff.close()
+        self._log.info("handoff.again", vmm_pid=memory.record.vmm_pid)
+        await self._acknowledge()
+
+    def _busy(self) -> HandoffError:
+        return HandoffError(
+            Code.HANDOFF_BUSY, f"migration {self.spec.id!r} has a VMM already; prepare one for each VMM"
+        )
 
     def adopt(self, vmm: Attachment, state: StateMemory) -> None:
         """Go on with a session of an earlier process. Raises InvariantError: its state memory is unusable."""
-        memory = Memory(vmm, state, Pager.adopt(state, vmm.uffd.fileno()))
-        if vmm.ring is not None:
-            memory.pager.attach_ring(vmm.ring.fileno())
+        memory = Memory.adopted(vmm, state)
+        memory.note(phase=Phase.HELD)
         self._memory = memory
         crash_point("adopt.woken")
         self._begin(memory, "session.adopted")
@@ -185,8 +193,10 @@ class Session:
         )
 
     async def _unstore(self, memory: Memory) -> None:
+        """The state goes last, so that whoever finds leftovers can tell what they are."""
+        kinds = [*memory.vmm.descriptors(), STATE]
         try:
-            await self._store.remove(self.spec.id, memory.descriptors())
+            await self._store.remove(self.spec.id, kinds)
         except KernelError as error:
             self._log.error("store.not_emptied", code=error.code, error=str(error))
 
@@ -216,6 +226,8 @@ class Session:
                 fetching = group.create_task(self._fetcher.run(installer))
                 watching = group.create_task(self._watch_vmm())
                 self._demux.start()
+                if not memory.record.acknowledged:
+                    group.create_task(self._acknowledge())
                 end = await self._until_settled()
                 if end is State.COMPLETE:
                     await self._tell_source()
@@ -227,6 +239,24 @@ class Session:
             self._demux.stop()
             if self._end.done():
                 await self._close(memory, self._end.result())
+
+    async def _acknowledge(self) -> None:
+        """Once the store holds everything: the VMM may rely on it. Dying behind it says it twice, which is harmless."""
+        memory = self._memory
+        assert memory is not None
+        crash_point("handoff.before_ack")
+        try:
+            if memory.record.keep_state:
+                with OwnedFd(memory.state.open_read_only()) as kept:
+                    await memory.vmm.acknowledge([kept.fileno()])
+            else:
+                await memory.vmm.acknowledge()
+        except HandoffError as error:
+            # It is served all the same: a VMM that is gone is found by its pidfd.
+            self._log.warning("handoff.not_acknowledged", code=error.code, error=error.message)
+            return
+        crash_point("handoff.acknowledged")
+        memory.note(acknowledged=True)
 
     async def _until_settled(self) -> State:
         """Wait for the end; a completion counts only if nothing new came with a last drain."""
@@ -378,6 +408,8 @@ class Session:
 
     def set_limits(self, limits: Limits) -> None:
         self._limits = limits
+        if self._memory is not None and not self._state.is_final:
+            self._memory.note(spec=msgspec.structs.replace(self.spec, limits=limits))
         if self._fetcher is not None:
             self._fetcher.set_limits(limits)
         self._changed()
@@ -426,13 +458,11 @@ class Session:
             except KernelError as error:
                 self._log.warning("kernel.refused", code=error.code, error=str(error))
             crash_point("complete.released")
-        self._last_stats = memory.pager.stats()
-        self._last_blocktime = memory.pager.blocktime()
         self._ended = time.monotonic()
+        memory.note(phase=Phase.ENDED)
+        self._ended_before_store()
         await self._unstore(memory)
-        memory.pager.close()
-        memory.vmm.close()
-        memory.state.close()
+        memory.close()
         self._enter(end)
         self._log.info("migration.ended", state=end, error=str(self._error or ""))
 
@@ -468,98 +498,4 @@ class Session:
         memory = self._memory
         if memory is None:
             return common
-        stats = self._last_stats or memory.pager.stats()
-        until = self._ended if self._last_stats else time.monotonic()
-        return _with_stats(
-            common,
-            stats,
-            self._last_blocktime if self._last_stats else memory.pager.blocktime(),
-            memory,
-            until - self._began,
-        )
-
-
-def _check_registered(uffd: int, region: MemoryRegion) -> None:
-    """Raises HandoffError: the kernel does not serve `region` with `uffd`."""
-    try:
-        registered = probe_registered(uffd, region)
-    except KernelError as error:
-        match error.errno:
-            case errno.ESRCH:
-                raise HandoffError(Code.VMM_GONE, "the VMM ended right after its hand-off") from error
-            case errno.EINVAL:
-                raise HandoffError(
-                    Code.HANDOFF_PAGE_SIZE, f"the kernel has no pages of {region.page_size} bytes in {region}"
-                ) from error
-            case _:
-                raise
-    if not registered:
-        raise HandoffError(
-            Code.HANDOFF_NOT_REGISTERED,
-            f"the region of {region} is not registered with the userfaultfd that came with it",
-        )
-
-
-def _make_memory(record: SessionRecord, handoff: Handoff) -> Memory:
-    """Make the ledger; nothing stays open if that fails. Raises OSError, InvariantError."""
-    state = StateMemory.fresh(record.spec.id, record.pages)
-    try:
-        pager = Pager.create(state, handoff.regions, handoff.uffd.fileno())
-        state.descriptor = record.encode()
-    except BaseException:
-        state.close()
-        raise
-    try:
-        _attach_exits(pager, handoff)
-    except BaseException:
-        pager.close()
-        state.close()
-        raise
-    return Memory(Attachment.from_handoff(record, handoff), state, pager)
-
-
-def _attach_exits(pager: Pager, handoff: Handoff) -> None:
-    """Serve the VMM's exit ring, if it handed one over, and ask for what must be there before a vCPU runs."""
-    ring, doorbell = handoff.extras.get(EXIT_RING), handoff.extras.get(EXIT_NOTIFY)
-    if (ring is None) is not (doorbell is None):
-        raise HandoffError(Code.EXIT_RING_BROKEN, "an exit ring and its doorbell come together or not at all")
-    if ring is not None:
-        pager.attach_ring(ring.fileno())
-    for pinned in handoff.message.pinned:
-        pager.want(pinned.gpa, pinned.size_bytes)
-
-
-def _with_stats(
-    status: MigrationStatus,
-    stats: PagerStats,
-    blocktime: tuple[ThreadBlocktime, ...],
-    memory: Memory,
-    elapsed_s: float,
-) -> MigrationStatus:
-    return msgspec.structs.replace(
-        status,
-        vmm_pid=memory.record.vmm_pid,
-        handoff_format=memory.record.format_name,
-        page_size=min(region.page_size for region in memory.record.regions),
-        memory_bytes=memory.record.memory_bytes,
-        pages_total=stats.pages,
-        pages_installed=stats.present + stats.zero,
-        pages_demand=stats.demand,
-        pages_pushed=stats.pushed,
-        pages_zero=stats.zero,
-        pages_removed=stats.removed,
-        pages_requested=stats.requested,
-        faults=stats.faults,
-        exits=stats.exits,
-        waiting=stats.waiting,
-        oldest_wait_us=stats.oldest_wait_us,
-        bytes_received=stats.bytes_received,
-        bad_replies=stats.bad_replies,
-        duplicates=stats.duplicates,
-        retries=stats.retries,
-        fault_latency_us=stats.latency,
-        latency_log2_us=stats.latency_log2_us,
-        latency_sum_us=stats.latency_sum_us,
-        blocktime=blocktime,
-        elapsed_s=elapsed_s,
-    )
+        return memory.status(common, (self._ended if memory.is_closed else time.monotonic()) - self._began)

@@ -100,14 +100,19 @@ class StateMemory:
         crash_point("record.written")
         header.descriptor_current = spare
 
+    def unmap(self) -> None:
+        """Forget the memory but not the descriptor, which is the caller's again."""
+        ffi.release(self.memory)
+        self._map.close()
+        self.fd = -1
+
     def close(self) -> None:
         """Unmap and close; idempotent. The pager over it must be closed first."""
         if self.fd < 0:
             return
-        ffi.release(self.memory)
-        self._map.close()
-        os.close(self.fd)
-        self.fd = -1
+        fd = self.fd
+        self.unmap()
+        os.close(fd)
 
 
 def _copy(source: int, target: int, len_bytes: int) -> None:

@@ -16,7 +16,7 @@ from ..errors import Code, HandoffError
 from .descriptors import OwnedFd
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 CHUNK_BYTES = 64 << 10
 _SCM_MAX_FD = 253
@@ -53,19 +53,30 @@ async def receive_chunk(sock: socket.socket) -> Chunk:
             return Chunk(b"")
 
 
-async def send_all(sock: socket.socket, data: bytes) -> None:
-    """Send every byte.
+async def send_byte(sock: socket.socket, byte: bytes, descriptors: Sequence[int] = ()) -> None:
+    """Send one byte with descriptors, which stay the caller's.
 
     Raises:
         HandoffError: VMM_GONE.
     """
     loop = asyncio.get_running_loop()
-    try:
-        await loop.sock_sendall(sock, data)
-    except (BrokenPipeError, ConnectionResetError) as error:
-        raise HandoffError(
-            Code.VMM_GONE, "the VMM closed its socket before its answer could be sent"
-        ) from error
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+    while True:
+        try:
+            sock.sendmsg([byte], rights, socket.MSG_NOSIGNAL)
+            return
+        except BlockingIOError:
+            writable = loop.create_future()
+            fd = sock.fileno()
+            loop.add_writer(fd, _resolver(writable))
+            try:
+                await writable
+            finally:
+                loop.remove_writer(fd)
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise HandoffError(
+                Code.VMM_GONE, "the VMM closed its socket before its answer could be sent"
+            ) from error
 
 
 def _read(sock: socket.socket) -> Chunk:

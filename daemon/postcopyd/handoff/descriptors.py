@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from typing import Self
 
 import structlog
 
@@ -49,6 +50,12 @@ class OwnedFd:
         fd = self.fileno()
         self._fd = -1
         return fd
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Close it if it is still owned; idempotent.

@@ -174,7 +174,15 @@ def _parse_handoff(body: bytes, served: Set[str]) -> HandoffMessage:
         socket_is_liveness=True,
         sends_events=True,
         pinned=_pinned(message),
+        keep_state=_flag(message, "keep_state"),
     )
+
+
+def _flag(message: Mapping[str, object], name: str) -> bool:
+    value = message.get(name, False)
+    if not isinstance(value, bool):
+        raise fields.wrong(name, "true or false", value)
+    return value
 
 
 def _pinned(message: Mapping[str, object]) -> tuple[PinnedRange, ...]:

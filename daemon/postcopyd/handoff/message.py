@@ -20,6 +20,7 @@ UFFD = "uffd"
 MEMFD = "memfd"
 EXIT_RING = "exit_ring"
 EXIT_NOTIFY = "exit_notify"
+STATE = "state"
 
 
 class Mode(Flag):
@@ -61,6 +62,7 @@ class HandoffMessage(msgspec.Struct, frozen=True, kw_only=True):
     socket_is_liveness: the VMM keeps its socket open for as long as it lives, so a hang-up means its end.
     sends_events: framed messages may follow; without it, nothing may.
     pinned: what must be there before a vCPU runs, as the kernel itself reads it (page tables, descriptor tables).
+    keep_state: the acknowledgement is to carry the state memory, so that the VMM can present it again.
     leftover: bytes that came after the hand-off; they belong to whoever reads the socket next.
     """
 
@@ -75,6 +77,7 @@ class HandoffMessage(msgspec.Struct, frozen=True, kw_only=True):
     sends_events: bool = False
     leftover: bytes = b""
     pinned: tuple[PinnedRange, ...] = ()
+    keep_state: bool = False
 
 
 class HandoffParser(Protocol):

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import structlog
 
 from ..errors import Code, HandoffError, PostcopyError
-from .channel import receive_chunk, send_all
+from .channel import receive_chunk, send_byte
 from .framed import AddRegion, FrameReader, parse_event
 from .regions import MemoryRegion, check_regions
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from types import TracebackType
 
     from .descriptors import OwnedFd
@@ -94,15 +94,15 @@ class Handoff:
         Raises:
             HandoffError: VMM_GONE, or HANDOFF_TIMEOUT: the VMM does not read.
         """
-        if not self.wants_ack:
-            return
-        try:
-            async with asyncio.timeout(timeout_s):
-                await send_all(self.sock, ACK)
-        except TimeoutError:
-            raise HandoffError(
-                Code.HANDOFF_TIMEOUT, f"the VMM did not read its acknowledgement within {timeout_s:g} s"
-            ) from None
+        if self.wants_ack:
+            await send_acknowledgement(self.sock, timeout_s=timeout_s)
+
+    def take_socket(self) -> socket.socket:
+        """Give up the socket: the caller closes it."""
+        taken = self.sock.dup()
+        taken.setblocking(False)
+        self.sock.close()
+        return taken
 
     def refuse(self, error: PostcopyError) -> None:
         """Log why, and close everything.
@@ -158,3 +158,16 @@ class Handoff:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+async def send_acknowledgement(
+    sock: socket.socket, descriptors: Sequence[int] = (), *, timeout_s: float = ACK_TIMEOUT_S
+) -> None:
+    """Say yes to whoever handed over at `sock`; `descriptors` go with it. Raises as Handoff.acknowledge."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            await send_byte(sock, ACK, descriptors)
+    except TimeoutError:
+        raise HandoffError(
+            Code.HANDOFF_TIMEOUT, f"the VMM did not read its acknowledgement within {timeout_s:g} s"
+        ) from None
