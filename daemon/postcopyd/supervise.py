@@ -10,6 +10,7 @@ from __future__ import annotations
 import array
 import fcntl
 import os
+import resource
 import selectors
 import signal
 import socket
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 CAPACITY = 4096
+SPARE_FDS = 32
 MAX_MESSAGE_BYTES = 4096
 MAX_FDS_PER_MESSAGE = 253
 FIRST_PASSED_FD = 3
@@ -34,12 +36,13 @@ _UCRED = struct.Struct("=iII")
 class Store:
     """Descriptors by name, oldest first; the supervisor's whole state."""
 
+    capacity: int
     held: list[tuple[str, int]] = field(default_factory=list)
 
     def put(self, name: str, fds: list[int]) -> None:
         """Keep `fds`; beyond the capacity they are closed, as systemd does."""
         for fd in fds:
-            if len(self.held) < CAPACITY:
+            if len(self.held) < self.capacity:
                 self.held.append((name, fd))
             else:
                 os.close(fd)
@@ -56,7 +59,7 @@ class Supervisor:
 
     def __init__(self, argv: list[str]) -> None:
         self._argv = argv
-        self._store = Store()
+        self._store = Store(_raise_limit())
         self._folder = tempfile.mkdtemp(prefix="postcopyd-supervise-")
         self._address = f"{self._folder}/notify"
         self._sock = socket.socket(
@@ -66,6 +69,7 @@ class Supervisor:
         self._sock.bind(self._address)
         self._wakeup_read, self._wakeup_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._child = 0
+        self._is_ready = False
         self._stopping = False
 
     def run(self) -> int:
@@ -80,7 +84,7 @@ class Supervisor:
                 began = time.monotonic()
                 status = self._run_child()
                 # Not ended well, it may have left guests behind: they are served again, whatever was asked.
-                if self._stopping and status == 0:
+                if self._stopping and (status == 0 or not self._store.held):
                     return status
                 if time.monotonic() - began < RESTART_PAUSE_S:
                     time.sleep(RESTART_PAUSE_S)
@@ -89,10 +93,18 @@ class Supervisor:
             os.unlink(self._address)
             os.rmdir(self._folder)
 
+    @property
+    def held(self) -> list[str]:
+        """Names of what is stored, oldest first."""
+        return [name for name, _ in self._store.held]
+
     def _on_stop(self, number: int, frame: object) -> None:
-        """SIGINT makes the daemon drain: with us the store would end."""
         self._stopping = True
-        if self._child:
+        self._stop_child()
+
+    def _stop_child(self) -> None:
+        """SIGINT makes the daemon drain: with us the store would end. Before it is ready, it would only kill it."""
+        if self._stopping and self._child and self._is_ready:
             os.kill(self._child, signal.SIGINT)
 
     def _on_restart(self, number: int, frame: object) -> None:
@@ -101,6 +113,7 @@ class Supervisor:
             os.kill(self._child, signal.SIGTERM)
 
     def _run_child(self) -> int:
+        self._is_ready = False
         self._child = self._spawn()
         with selectors.DefaultSelector() as selector:
             selector.register(self._sock, selectors.EVENT_READ)
@@ -128,15 +141,15 @@ class Supervisor:
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
                 signal.signal(number, signal.SIG_DFL)
             # Newest first, as systemd lists them. Moved out of the way first: a source may lie where another must go.
-            held = [(name, os.dup(fd)) for name, fd in reversed(self._store.held)]
-            high = max([fd for _, fd in held], default=0) + FIRST_PASSED_FD + len(held)
+            held = list(reversed(self._store.held))
+            high = FIRST_PASSED_FD + len(held)
             moved = [_move_above(fd, high) for _, fd in held]
             for place, fd in enumerate(moved, FIRST_PASSED_FD):
                 os.dup2(fd, place)
             environ = {
                 **os.environ,
                 "NOTIFY_SOCKET": self._address,
-                "FDSTORE": str(CAPACITY),
+                "FDSTORE": str(self._store.capacity),
                 "LISTEN_PID": str(os.getpid()),
                 "LISTEN_FDS": str(len(held)),
                 "LISTEN_FDNAMES": ":".join(name for name, _ in held),
@@ -148,13 +161,15 @@ class Supervisor:
     def _receive_all(self) -> None:
         while True:
             try:
-                data, ancillary, _, _ = self._sock.recvmsg(
+                data, ancillary, flags, _ = self._sock.recvmsg(
                     MAX_MESSAGE_BYTES,
                     socket.CMSG_SPACE(MAX_FDS_PER_MESSAGE * 4) + socket.CMSG_SPACE(_UCRED.size),
                     socket.MSG_CMSG_CLOEXEC,
                 )
             except BlockingIOError:
                 return
+            if flags & socket.MSG_CTRUNC:
+                sys.stderr.write("postcopyd supervise: too many open files; a descriptor was not stored\n")
             self._take(data, ancillary)
 
     def _take(self, data: bytes, ancillary: list[tuple[int, int, bytes]]) -> None:
@@ -180,6 +195,19 @@ class Supervisor:
         # BARRIER=1: closing its descriptor is the answer.
         for fd in fds:
             os.close(fd)
+        if "READY" in fields:
+            self._is_ready = True
+            self._stop_child()
+
+
+def _raise_limit() -> int:
+    """Let this process open as many files as it may; return how many of them can be stored.
+
+    What is passed on lies twice in the child until it runs the daemon.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return min(CAPACITY, max(0, hard // 3 - SPARE_FDS))
 
 
 def _move_above(fd: int, floor: int) -> int:
