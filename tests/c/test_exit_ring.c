@@ -373,6 +373,29 @@ static void marks_are_seen_page_by_page(void)
 	free(pair.mem);
 }
 
+/* FUTEX_WAIT compares the word with what doze returned: every reason to wake must have changed it. */
+static void between_doze_and_sleep_every_reason_to_wake_is_seen(void)
+{
+	uint32_t word;
+
+	begin();
+	word = exit_lane_doze(&pair.lane[4]);
+	CHECK_EQ(pair.lane[4].lane->wake, word);
+	exit_lane_nudge(&pair.lane[4]);
+	CHECK(pair.lane[4].lane->wake != word);
+	post(4, 1);
+	word = exit_lane_doze(&pair.lane[4]);
+	CHECK_EQ(drain(64), EXIT_RING_OK);
+	CHECK(!exit_lane_has_news(&pair.lane[4]));
+	complete(&pair.fault[0]);
+	CHECK(exit_lane_has_news(&pair.lane[4]));
+	CHECK(pair.lane[4].lane->wake != word);
+	word = exit_lane_doze(&pair.lane[4]);
+	exit_ring_set_complete(&pair.ring);
+	CHECK(pair.lane[4].lane->wake != word);
+	end();
+}
+
 static int sealed(unsigned flags, int seals, off_t len)
 {
 	int fd = memfd_create("ring", MFD_CLOEXEC | MFD_ALLOW_SEALING | flags);
@@ -432,6 +455,7 @@ int main(void)
 	no_geometry_leads_outside();
 	a_lane_left_in_an_impossible_state_is_not_adopted();
 	marks_are_seen_page_by_page();
+	between_doze_and_sleep_every_reason_to_wake_is_seen();
 	only_what_cannot_be_cut_off_is_mapped();
 	emptying_a_blocking_doorbell_does_not_block();
 	return 0;
