@@ -237,6 +237,7 @@ class Session:
             share.leave()
             installer.close()
             self._demux.stop()
+            self._demux = self._fetcher = None
             if self._end.done():
                 await self._close(memory, self._end.result())
 

@@ -45,7 +45,7 @@ PAGE_LIMITS = (4096, 64 * MIB)
 @click.option(
     "--transport",
     type=click.Choice(["grpcio", "native"]),
-    default="grpcio",
+    default="native",
     show_default=True,
     help="Implementation of gRPC; the wire is the same.",
 )
