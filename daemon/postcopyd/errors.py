@@ -67,6 +67,14 @@ class Code(StrEnum):
     MIGRATION_UNKNOWN = "migration.unknown"
     MIGRATION_UNFINISHED = "migration.unfinished"
     MIGRATION_CANCELLED = "migration.cancelled"
+    QEMU_UNREACHABLE = "qemu.unreachable"
+    QEMU_REFUSED = "qemu.refused"
+    QEMU_GONE = "qemu.gone"
+    QEMU_UNSUITABLE = "qemu.unsuitable"
+    QEMU_DIFFERENT = "qemu.different"
+    QEMU_STATE = "qemu.state"
+    QEMU_NO_SHIM = "qemu.no_shim"
+    QEMU_MIGRATION_FAILED = "qemu.migration_failed"
     CONTROL_UNREACHABLE = "control.unreachable"
     DEMO_FAILED = "demo.failed"
     INVARIANT = "internal.invariant"
@@ -350,6 +358,46 @@ CATALOGUE: dict[Code, Entry] = {
         "Wait for completion; `cancel --force` ends the VMM with it.",
     ),
     Code.MIGRATION_CANCELLED: Entry(MigrationError, "The migration was cancelled.", "None."),
+    Code.QEMU_UNREACHABLE: Entry(
+        ConfigError,
+        "No QEMU answers at the monitor socket that was named.",
+        "Check `-qmp unix:PATH,server,nowait` and who else is connected: a monitor serves one client at a time.",
+    ),
+    Code.QEMU_REFUSED: Entry(
+        MigrationError,
+        "QEMU refused a command, or answered it in an unknown way.",
+        "The message carries its reason.",
+    ),
+    Code.QEMU_GONE: Entry(
+        MigrationError,
+        "A QEMU ended, or stopped answering, in the middle of a migration.",
+        "The message says which and when, and what became of the other. Look into its log.",
+    ),
+    Code.QEMU_UNSUITABLE: Entry(
+        MigrationError,
+        "A QEMU cannot take part: its RAM is not in shared files, or something forbids its guest to move.",
+        "Start it as docs/qemu.md shows; the message says what is missing.",
+    ),
+    Code.QEMU_DIFFERENT: Entry(
+        MigrationError,
+        "The two machines are not the same: type, RAM, number of vCPUs.",
+        "Start the destination with the source's command line, but for its RAM file and -incoming defer.",
+    ),
+    Code.QEMU_STATE: Entry(
+        MigrationError,
+        "A QEMU is in a state in which its guest cannot move, or cannot arrive.",
+        "The source must be running or paused, the destination started with -incoming defer.",
+    ),
+    Code.QEMU_NO_SHIM: Entry(
+        MigrationError,
+        "The destination QEMU does not wait for its pages.",
+        "Preload libpostcopy-preload.so with POSTCOPYD_RAM, POSTCOPYD_SOCKET and POSTCOPYD_WAIT=1.",
+    ),
+    Code.QEMU_MIGRATION_FAILED: Entry(
+        MigrationError,
+        "QEMU's own migration of the device state failed.",
+        "The message says which of the two machines has the guest now.",
+    ),
     Code.CONTROL_UNREACHABLE: Entry(
         ConfigError,
         "No postcopyd answers on the control socket.",

@@ -1,0 +1,1 @@
+"""Guests of our own for QEMU, which say themselves whether their memory is right."""
