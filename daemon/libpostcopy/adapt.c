@@ -164,7 +164,7 @@ enum postcopy_action postcopy_adapt(struct postcopy *pc, uint32_t vcpu_index, co
 	answer->shape = shape_of(exit);
 	if (answer->shape == POSTCOPY_SHAPE_NONE)
 		return answer->action;
-	if (!resolve_read_cpu(exit->vcpu_fd, &cpu)) {
+	if (!resolve_read_cpu(exit, &cpu)) {
 		answer_error(answer, POSTCOPY_REASON_UNREADABLE);
 		return answer->action;
 	}

@@ -28,9 +28,21 @@ void page_set_add(struct page_set *set, uint64_t gpa)
 		set->gpa[set->count++] = gpa;
 }
 
-bool resolve_read_cpu(int vcpu_fd, struct cpu_state *cpu)
+bool resolve_read_cpu(const struct postcopy_exit *exit, struct cpu_state *cpu)
 {
-	return !ioctl(vcpu_fd, KVM_GET_REGS, &cpu->regs) && !ioctl(vcpu_fd, KVM_GET_SREGS, &cpu->sregs);
+#ifdef KVM_SYNC_X86_REGS
+	const uint64_t both = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS;
+	const struct kvm_run *run = exit->run;
+
+	/* KVM_RUN fails with EINVAL where the kernel does not know these, so what is asked for is there; also after EFAULT.
+	 * Source: Documentation/virt/kvm/api.rst, KVM_CAP_SYNC_REGS, and kvm_arch_vcpu_ioctl_run in arch/x86/kvm/x86.c. */
+	if ((run->kvm_valid_regs & both) == both) {
+		cpu->regs = run->s.regs.regs;
+		cpu->sregs = run->s.regs.sregs;
+		return true;
+	}
+#endif
+	return !ioctl(exit->vcpu_fd, KVM_GET_REGS, &cpu->regs) && !ioctl(exit->vcpu_fd, KVM_GET_SREGS, &cpu->sregs);
 }
 
 static bool view_is_missing(void *context, uint64_t gpa)

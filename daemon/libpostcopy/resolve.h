@@ -13,8 +13,8 @@ struct page_set {
 
 void page_set_add(struct page_set *set, uint64_t gpa);
 
-/* Read the vCPU's registers. */
-bool resolve_read_cpu(int vcpu_fd, struct cpu_state *cpu);
+/* Read the vCPU's registers: from kvm_run where the VMM had KVM put them there, else by asking KVM. */
+bool resolve_read_cpu(const struct postcopy_exit *exit, struct cpu_state *cpu);
 
 /* The missing pages among those of the instruction at RIP, its page tables and its operands. A reason other than NONE: the
  * instruction cannot be told. */

@@ -2,8 +2,10 @@
 #include "vmm_exits.h"
 
 #include <errno.h>
+#include <linux/kvm.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <time.h>
 
 #include "libpostcopy.h"
@@ -18,6 +20,21 @@ static const void *boot_memory(void *context, uint64_t gpa, size_t len)
 	struct vmm *vm = context;
 
 	return gpa < VMM_BOOT_BYTES && len <= VMM_BOOT_BYTES - gpa ? vm->boot + gpa : NULL;
+}
+
+/* Have KVM leave the registers in kvm_run at every exit: libpostcopy needs them, and asking takes two system calls. */
+static void share_registers(struct vmm *vm)
+{
+#ifdef KVM_SYNC_X86_REGS
+	const int both = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS;
+
+	if ((ioctl(vm->kvm_fd, KVM_CHECK_EXTENSION, KVM_CAP_SYNC_REGS) & both) != both)
+		return;
+	for (unsigned i = 0; i < vm->shape.vcpus; i++)
+		vm->vcpus[i].run->kvm_valid_regs = (uint64_t)both;
+#else
+	(void)vm;
+#endif
 }
 
 int vmm_use_exits(struct vmm *vm, const char *path, int uffd, uint64_t page_size)
@@ -51,6 +68,7 @@ int vmm_use_exits(struct vmm *vm, const char *path, int uffd, uint64_t page_size
 		return error;
 	}
 	vm->exits = exits;
+	share_registers(vm);
 	return 0;
 }
 
