@@ -5,9 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define XXH_INLINE_ALL
-#include <xxhash.h>
-
+#include "checksum.h"
 #include "cold_read.h"
 #include "range_queue.h"
 #include "server_wire.h"
@@ -210,7 +208,7 @@ static void put_data(struct message *m, uint64_t request_id, uint64_t offset, co
 
     if (place != data)
         memmove(place, data, len);
-    reply_put_data_header(m->out + m->used, request_id, offset, len, XXH3_64bits_withSeed(place, len, offset));
+    reply_put_data_header(m->out + m->used, request_id, offset, len, checksum_run(place, len, offset));
     m->used += header + len;
     m->data_bytes += len;
     m->last_zero.end = 0;

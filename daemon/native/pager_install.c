@@ -1,7 +1,5 @@
 /* Replies of the source: checked against what was asked, installed, their waiters woken. */
-#define XXH_INLINE_ALL
-#include <xxhash.h>
-
+#include "checksum.h"
 #include "crash.h"
 #include "pager.h"
 
@@ -263,7 +261,7 @@ static void accept_run(struct pager *p, struct request *request, const struct wi
 		ledger_apply_range(&p->ledger, PAGE_IS_ZERO, first, count);
 		CRASH_POINT("zero.marked");
 		pager_settle_zero(p, first, count);
-	} else if (XXH3_64bits_withSeed(run->data, run->data_len, run->offset) != run->xxh3_64) {
+	} else if (checksum_run(run->data, run->data_len, run->offset) != run->xxh3_64) {
 		refuse(p, first, first + count);
 		return;
 	} else {

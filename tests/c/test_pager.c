@@ -1,4 +1,4 @@
-// sources: pager.c pager_install.c pager_request.c state.c ledger.c extents.c uffd.c histogram.c inflight.c waiters.c wire.c crash.c pager_exits.c exit_ring.c exit_ring_map.c
+// sources: pager.c pager_install.c pager_request.c state.c ledger.c extents.c uffd.c histogram.c inflight.c waiters.c wire.c crash.c pager_exits.c exit_ring.c exit_ring_map.c checksum.c checksum_avx2.c
 /* The pager over a kernel of this file's own: what a hostile VMM, a hostile source or a torn state memory could do. */
 #define XXH_INLINE_ALL
 #include <xxhash.h>

@@ -108,14 +108,29 @@ class SharedLibrary:
         if not self.target.exists():
             return True
         built = self.target.stat().st_mtime
-        inputs = [Path(__file__), *(LIBRARY / s for s in self.sources), *LIBRARY.glob("*.h"), *NATIVE.glob("*.h")]
+        inputs = [
+            Path(__file__),
+            *(LIBRARY / s for s in self.sources),
+            *LIBRARY.glob("*.h"),
+            *NATIVE.glob("*.h"),
+        ]
         return any(path.stat().st_mtime > built for path in inputs)
 
     def build(self) -> None:
         """Compile and link in one step, then replace the old one."""
         staged = self.target.with_suffix(".new")
         flags = [*CFLAGS, *shlex.split(os.environ.get("POSTCOPYD_CFLAGS", ""))]
-        command = ["gcc", *flags, "-fPIC", "-shared", "-pthread", f"-I{NATIVE}", f"-I{LIBRARY}", "-o", str(staged)]
+        command = [
+            "gcc",
+            *flags,
+            "-fPIC",
+            "-shared",
+            "-pthread",
+            f"-I{NATIVE}",
+            f"-I{LIBRARY}",
+            "-o",
+            str(staged),
+        ]
         subprocess.run([*command, *(str(LIBRARY / s) for s in self.sources)], check=True)
         staged.replace(self.target)
 
@@ -144,6 +159,8 @@ MODULES = (
         "core",
         headers=("stdbool.h", "crash.h", "pager.h"),
         sources=(
+            "checksum.c",
+            "checksum_avx2.c",
             "crash.c",
             "ledger.c",
             "extents.c",
@@ -172,6 +189,8 @@ MODULES = (
             "range_queue.c",
             "server_wire.c",
             "page_stream.c",
+            "checksum.c",
+            "checksum_avx2.c",
         ),
     ),
     Module(

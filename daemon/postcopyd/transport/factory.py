@@ -26,7 +26,10 @@ def make_factory(config: DaemonConfig) -> TransportFactory:
         from .native import NativeTransport
 
         context = _ssl_context(config)
-        return lambda target: NativeTransport(target, tls=context, connect_timeout_s=config.connect_timeout_s)
+        timeout_s = config.connect_timeout_s
+        return lambda target: NativeTransport(
+            target, tls=context, connect_timeout_s=timeout_s, call_timeout_s=timeout_s
+        )
     credentials = _credentials(config)
     timeouts = Timeouts(connect_s=config.connect_timeout_s)
     return lambda target: GrpcioTransport(target, timeouts=timeouts, credentials=credentials)

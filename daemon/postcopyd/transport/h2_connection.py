@@ -17,6 +17,7 @@ from typing import cast
 import msgspec
 
 from .._native import h2
+from .tcp import tune
 
 TLS_SHUTDOWN_S = 0.1
 """For the peer's close_notify: nothing depends on it, as HTTP/2 says by itself where a stream ends."""
@@ -133,6 +134,7 @@ class H2Connection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports have the interface, but are no subclass.
         self._transport = transport = cast("asyncio.Transport", transport)
+        tune(transport)
         tls = transport.get_extra_info("ssl_object")
         if tls is not None and tls.selected_alpn_protocol() != "h2":
             self.abort(Loss.PROTOCOL, "the peer does not offer HTTP/2 (ALPN h2)")
