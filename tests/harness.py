@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from postcopyd.status import Limits
 
 TRANSPORTS = ("native", "grpcio")
-PATIENCE_S = 10.0
+PATIENCE_S = 30.0
 """For whatever must happen; a wait that takes so long is a failure, and nothing is ever measured by it."""
 
 NR_HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
@@ -189,20 +189,30 @@ class DaemonProcess:
     child: Child
     client: ControlClient
     control: str
+    transport: str
 
     @property
     def pid(self) -> int:
         return self.child.process.pid
 
     def descriptors(self) -> list[str]:
-        """What it has open, sorted; a descriptor that vanishes meanwhile is passed over."""
+        """What it has open, sorted; a descriptor that vanishes meanwhile is passed over.
+
+        Not the sockets of grpcio, which closes them when it likes.
+        """
         found = []
         for entry in os.scandir(f"/proc/{self.pid}/fd"):
             try:
                 found.append(os.readlink(entry.path).split(":[")[0])
             except FileNotFoundError:
                 continue
-        return sorted(found)
+        return sorted(name for name in found if self.transport == "native" or name != "socket")
+
+    async def until_descriptors(self, wanted: list[str]) -> None:
+        """Wait until exactly these are open: sockets are closed a moment after a state is told."""
+        async with asyncio.timeout(PATIENCE_S):
+            while self.descriptors() != wanted:
+                await self.client.list()
 
     def memory_bytes(self, field: str = "VmRSS") -> int:
         for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
@@ -272,7 +282,7 @@ class Host:
         await ready.wait_ready(child)
         control = str(home / "control.sock")
         client = await self._stack.enter_async_context(ControlClient(control))
-        return DaemonProcess(child, client, control)
+        return DaemonProcess(child, client, control, transport)
 
     async def paused_source(self, *shape: str, steps: int = 2000) -> tuple[Path, Path]:
         """Run a guest of this shape for a while; return the files of its memory and of its registers."""
@@ -310,6 +320,6 @@ class Host:
     async def cli_json(self, *args: str) -> dict[str, object]:
         """Run a command that must succeed, with --json."""
         status, out, err = await self.cli(*args, "--json")
-        assert status == 0, err
+        assert status == 0, (status, out, err)
         parsed: dict[str, object] = json.loads(out)
         return parsed
