@@ -43,10 +43,15 @@ check: ## Lint and type-check Python and C
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(foreach source,$(C_SOURCES),$(C_CHECK) $(source) &&) true
+	@echo 'gcc $(words $(C_SOURCES)) files: $(filter -W%,$(C_CHECK))'; for source in $(C_SOURCES); do $(C_CHECK) $$source || exit 1; done
 
 test: build ## Run the tests
 	$(REQUIRE) $(BIN)/pytest
+
+fuzz: build ## Fuzz frames, ring records and the resolver, FUZZ_SECONDS=60 each (needs clang)
+	@command -v clang >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get install -q -y --no-install-recommends clang libclang-rt-14-dev; } || \
+	{ echo 'clang is missing; run: sudo apt-get install -y clang libclang-rt-14-dev' >&2; exit 1; }
+	FUZZ_SECONDS=$${FUZZ_SECONDS:-60} $(BIN)/pytest -o timeout=0 tests/fuzz
 
 demo: build ## Migrate a guest on this host and show what happens
 	$(BIN)/postcopyd demo
