@@ -14,7 +14,7 @@ C_CHECK := gcc -std=gnu11 -fsyntax-only -Wall -Wextra -Werror -Wshadow -Wstrict-
 REQUIRE := $(if $(wildcard /dev/kvm),REQUIRE_KVM=1) $(if $(wildcard /dev/userfaultfd),REQUIRE_UFFD=1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup apt build check test fuzz demo bench bench-quick docs clean
+.PHONY: help setup apt build check test fuzz demo bench bench-quick bench-exits docs clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -65,6 +65,9 @@ bench: build $(PICTURES) ## Measure, at most 10 minutes; figures and pictures go
 
 bench-quick: build ## Measure in 90 s, with the same keys; docs/ stays as it is
 	$(BIN)/python bench/bench.py --quick
+
+bench-exits: build ## Measure exits against messages of a userfaultfd, at most 6 minutes; EXITS=--quick: 1 minute
+	$(BIN)/python bench/exits.py $(EXITS)
 
 docs: build ## Write the generated parts of docs/ and deploy/
 	$(BIN)/python -m postcopyd.docs
