@@ -3,6 +3,7 @@
  * An exit's waiter has WAITER_EXIT and the vCPU's number for a thread id. When its page is answered the waiters call
  * on_answered, which completes the vCPU's faults on that page; the ring wakes the vCPU with the last of its batch.
  */
+#include "crash.h"
 #include "pager.h"
 
 #define FAULTS_AT_ONCE 128u
@@ -37,9 +38,11 @@ static void on_answered(void *context, const struct waiter *entry)
 	lane = &p->ring->lane[vcpu];
 	/* A vCPU may have asked for several parts of a huge page. */
 	for (uint32_t slot = 0; slot < EXIT_RING_ENTRIES; slot++)
-		if (lane->owed >> slot & 1 && (lane->gpa[slot] - gpa) >> region->page_shift == 0)
+		if (lane->owed >> slot & 1 && (lane->gpa[slot] - gpa) >> region->page_shift == 0) {
 			exit_ring_complete(p->ring, vcpu, lane->gpa[slot], lane->sequence[slot],
 					   p->poisoned ? EXIT_POISONED : EXIT_RESOLVED);
+			CRASH_POINT("exits.answered");
+		}
 }
 
 static const struct region *region_at_gpa(const struct pager *p, uint64_t gpa)
@@ -89,6 +92,8 @@ void pager_drain_exits(struct pager *p)
 			return;
 		}
 		error = exit_ring_drain(p->ring, fault, room < FAULTS_AT_ONCE ? room : FAULTS_AT_ONCE, &count);
+		if (count)
+			CRASH_POINT("exits.taken");
 		for (unsigned i = 0; i < count; i++)
 			if (!on_exit_fault(p, &fault[i], now_ns))
 				return;

@@ -21,11 +21,11 @@ from harness import PATIENCE_S, Host, LocalGuest, content_of
 from postcopyd._native import vmm as native
 from postcopyd.errors import Code, HandoffError
 from postcopyd.status import Limits
-from postcopyd.units import PAGE_SIZE, Hva
+from postcopyd.units import MIB, PAGE_SIZE, Hva
 from postcopyd.vmm.state import GuestKind
 from postcopyd.vmm.uffd_client import Feature
 from supervised import Supervised
-from support import require_uffd
+from support import require_kvm, require_uffd
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -99,7 +99,15 @@ BY_A_CHANGING_MAP = (
     ("inbox.acted:30", "zero.filled", "extents.written"),
 )
 
-PLANS = (*WHILE_IT_RUNS, *AT_THE_HAND_OFF, *BY_A_CHANGING_MAP)
+WITH_EXITS = (
+    ("exits.taken",),
+    ("exits.taken:4", "exits.taken"),
+    ("exits.answered",),
+    # Answered and not woken, then taken again, among what comes as messages.
+    ("exits.answered:3", "inbox.acted:2", "exits.taken:2", "adopt.woken"),
+)
+
+PLANS = (*WHILE_IT_RUNS, *AT_THE_HAND_OFF, *BY_A_CHANGING_MAP, *WITH_EXITS)
 
 
 def points_in_the_code() -> set[str]:
@@ -147,12 +155,28 @@ def folder(source: Source, request: pytest.FixtureRequest) -> Path:
 @in_one_loop
 @parametrized(WHILE_IT_RUNS)
 async def test_a_guest_survives(plan: tuple[str, ...], source: Source, folder: Path) -> None:
+    await survive(plan, source, folder, "--guest", source.guest)
+
+
+@in_one_loop
+@parametrized(WITH_EXITS)
+async def test_a_guest_whose_faults_are_exits_survives(
+    plan: tuple[str, ...], source: Source, folder: Path
+) -> None:
+    require_kvm()
+    # Most pages are still absent when the last daemon of the plan comes.
+    await survive(plan, source, folder, "--faults", "exits", limits=Limits(push_rate=4 * MIB))
+
+
+async def survive(
+    plan: tuple[str, ...], source: Source, folder: Path, *options: str, limits: Limits | None = None
+) -> None:
     async with AsyncExitStack() as stack:
         daemon = await Supervised.start(stack, folder, plan)
-        prepared = await daemon.call(lambda client: client.prepare("guest", [source.address]))
-        vmm = await source.host.destination(
-            prepared.socket_path, source.registers, *SHAPE, "--guest", source.guest
+        prepared = await daemon.call(
+            lambda client: client.prepare("guest", [source.address], limits=limits or Limits())
         )
+        vmm = await source.host.destination(prepared.socket_path, source.registers, *SHAPE, *options)
         stack.push_async_callback(vmm.end)
         assert await daemon.drained() == []
         assert daemon.starts == len(plan) + 1
