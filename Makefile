@@ -56,6 +56,9 @@ fuzz: build ## Fuzz frames, ring records and the resolver, FUZZ_SECONDS=60 each 
 demo: build ## Migrate a guest on this host and show what happens
 	$(BIN)/postcopyd demo
 
+demo-qemu: build ## Migrate QEMU's guests by its own post-copy and by postcopyd, and compare
+	$(BIN)/python bench/qemu_demo.py
+
 $(PICTURES): pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[bench]'
 	touch $@

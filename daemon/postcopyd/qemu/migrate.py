@@ -121,6 +121,15 @@ class QemuMigration:
             )
         return plan
 
+    @property
+    def destination(self) -> Machine:
+        return self._destination
+
+    @property
+    def source_vcpu_tids(self) -> tuple[int, ...]:
+        """Threads of the source's vCPUs, once there is a plan."""
+        return self._facts.vcpu_tids
+
     async def run(self, plan: Plan) -> Report:
         """Move the guest; returns when the destination has all its memory.
 

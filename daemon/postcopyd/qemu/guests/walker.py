@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from enum import StrEnum
 from pathlib import Path
+from typing import ClassVar
 
 import msgspec
 
@@ -17,8 +18,6 @@ LOADED_AT = 0x7C00
 FIRST_PAGE = 1 << 20
 """The walk begins above the BIOS's memory."""
 
-ROUND, WRONG = b"B", b"E"
-
 
 class Order(StrEnum):
     SEQUENTIAL = "sequential"
@@ -26,21 +25,29 @@ class Order(StrEnum):
 
 
 class Walker(msgspec.Struct, frozen=True):
-    """walked_bytes: a power of two."""
+    """walked_bytes: a power of two. Every 'B' on the serial port is a round without, every 'E' a page with an error."""
 
     walked_bytes: int
     order: Order = Order.SEQUENTIAL
+
+    says_round: ClassVar[bytes] = b"B"
+    says_wrong: ClassVar[bytes] = b"E"
 
     @property
     def memory_bytes(self) -> int:
         """What QEMU must give it: the walk, and as much again, of which only the BIOS's part is touched."""
         return 2 * self.walked_bytes
 
+    def arguments(self, folder: Path) -> list[str]:
+        """QEMU's arguments for this guest; it is assembled in `folder`. Raises ConfigError."""
+        disk = f"file={self.build(folder)},format=raw,if=floppy,read-only=on"
+        return ["-drive", disk]
+
     def build(self, folder: Path) -> Path:
         """Assemble it; return the image of its disk.
 
         Raises:
-            ConfigError: DEMO_FAILED is not it: no assembler here, or a size that is no power of two.
+            ConfigError: no assembler here, or a size that is no power of two.
         """
         pages = self.walked_bytes // PAGE_SIZE
         if pages < 4 or pages & (pages - 1) or self.walked_bytes % PAGE_SIZE:
@@ -53,19 +60,6 @@ class Walker(msgspec.Struct, frozen=True):
         _run("as", "--32", *(f"--defsym={n}={v}" for n, v in symbols.items()), "-o", str(made), str(SOURCE))
         _run("ld", "-melf_i386", f"-Ttext={LOADED_AT:#x}", "--oformat=binary", "-o", str(image), str(made))
         return image
-
-
-class Verdict(msgspec.Struct, frozen=True):
-    """What a walker said so far."""
-
-    rounds: int
-    wrong_pages: int
-
-
-def read_verdict(*serial: Path) -> Verdict:
-    """Add up what was said on the serial ports of the machines that had the guest."""
-    said = b"".join(path.read_bytes() for path in serial if path.exists())
-    return Verdict(rounds=said.count(ROUND), wrong_pages=said.count(WRONG))
 
 
 def _run(program: str, *arguments: str) -> None:
