@@ -323,10 +323,12 @@ class Fetcher:
     def pump_push(self) -> None:
         """Fill the push's window as far as limits allow."""
         link = self._link
-        if link is None or not link.push_open or self._held or self._push_timer is not None:
+        if link is None or not link.push_open or self._held:
             return
-        if self._bucket.rate:
-            self._refund()
+        if self._bucket.rate and self._refund():
+            self._stop_pausing()
+        if self._push_timer is not None:
+            return
         while (room := self._window_bytes() - self._pager.bulk_inflight_bytes) > 0 and self._pager.missing:
             if not self._bucket.may_spend(self._loop.time()):
                 self._push_timer = self._loop.call_later(self._bucket.delay_s(), self._push_again)
@@ -346,17 +348,22 @@ class Fetcher:
         return max(self._share.window_bytes, 2 * self._run_bytes)
 
     def _push_again(self) -> None:
+        self._stop_pausing()
+        self.pump_push()
+
+    def _stop_pausing(self) -> None:
         if self._push_timer is not None:
             self._push_timer.cancel()
             self._push_timer = None
-        self.pump_push()
 
-    def _refund(self) -> None:
-        """Give back what was charged and brought no bytes: zero runs, and requests that were lost."""
+    def _refund(self) -> bool:
+        """Give back what was charged and brought no bytes: zero runs, and requests that were lost. Whether any was."""
         received = self._pager.bulk_bytes_received - self._received_before
         unused = self._charged - self._pager.bulk_inflight_bytes - received
-        self._bucket.give_back(unused - self._unused)
+        returned = unused - self._unused
+        self._bucket.give_back(returned)
         self._unused = unused
+        return returned > 0
 
     def _watch_silence(self) -> None:
         if self._silence_timer is None:
