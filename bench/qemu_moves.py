@@ -34,9 +34,9 @@ WAYS = (QEMU, PREEMPT, POSTCOPYD)
 
 @dataclass(frozen=True)
 class Moved:
-    """blocktime_ms: of the vCPUs, as each way counts it. stood_still_ms: the same by the kernel's scheduler, which counts
-    alike for all: neither running nor waiting for a processor. p99_wait_us: None where it is not counted. cpu_s: of all
-    processes of both sides from `migrate` to the end, but for the vCPUs' threads."""
+    """blocktime_ms: of the vCPUs, as each way counts it. stood_still_ms: the same by the kernel's scheduler, which
+    counts alike for all: neither running nor waiting for a processor. p99_wait_us: None where it is not counted.
+    cpu_s: of all processes of both sides from `migrate` to the end, but for the vCPUs' threads."""
 
     downtime_ms: float
     total_s: float

@@ -202,29 +202,34 @@ class QemuMigration:
         self._say("destination: memory handed over")
 
     async def _undo(self, plan: Plan) -> None:
-        """The source goes on as if nothing had happened; the destination, which has a part of it, ends."""
-        if not self._source.is_gone:
-            with contextlib.suppress(PostcopyError):
-                await self._release_source(plan)
+        """The destination, which has a part of the guest, ends; then the source goes on as if nothing had happened."""
         if self._incoming and not self._destination.is_gone:
             with contextlib.suppress(PostcopyError):
                 await self._destination.execute("quit")
         for id in self._prepared:
             with contextlib.suppress(PostcopyError):
                 await self._client.cancel(id, force=True)
+        if not self._source.is_gone:
+            with contextlib.suppress(PostcopyError):
+                await self._release_source(plan)
         if self._server is not None:
             await self._server.end()
 
     async def _release_source(self, plan: Plan) -> None:
-        source = self._source
-        if source.migration and source.migration not in ENDED:
-            await source.execute("migrate_cancel")
-            await source.until(lambda m: m.migration in ENDED, CANCEL_TIMEOUT_S, "lets its migration go")
-        await _set_capabilities(
-            source, {name: self._facts.capabilities.get(name, False) for name in (*CAPABILITIES, EVENTS)}
-        )
+        await self._cancel_qemu()
+        names = (*CAPABILITIES, EVENTS)
+        before = {name: self._facts.capabilities.get(name, False) for name in names}
+        await _set_capabilities(self._source, before)
         if plan.was_running:
-            await source.execute("cont")
+            await self._source.execute("cont")
+
+    async def _cancel_qemu(self) -> None:
+        """End QEMU's own migration, whichever way it ends. Raises MigrationError: it does not."""
+        if self._source.migration and self._source.migration not in ENDED:
+            await self._source.execute("migrate_cancel")
+            await self._source.until(
+                lambda m: m.migration in ENDED, CANCEL_TIMEOUT_S, "lets its migration go"
+            )
 
     def _named(self, error: PostcopyError) -> MigrationError:
         """The same, with what became of the guest."""
@@ -236,16 +241,11 @@ class QemuMigration:
     async def _go_on(self, plan: Plan) -> None:
         """QEMU moves the device state. Returns when the destination has the guest, else the source has it."""
         source, destination = self._source, self._destination
-        try:
-            await source.execute("migrate-continue", state="pre-switchover")
-            await source.until(lambda m: m.migration in ENDED, SWITCH_TIMEOUT_S, "has sent its device state")
-            if source.migration != "completed":
-                raise await self._failure()
-        except MigrationError as error:
-            if not source.is_gone:
-                await self._undo(plan)
-                raise self._named(error) from error
-            log.warning("qemu.source_gone", detail="the destination may have its device state all the same")
+        lost = await self._send_state()
+        if lost is None and source.migration != "completed":
+            failure = await self._failure()
+            await self._undo(plan)
+            raise self._named(failure)
         try:
             await destination.until(
                 lambda m: m.migration in ENDED, SWITCH_TIMEOUT_S, "has loaded its device state"
@@ -253,15 +253,29 @@ class QemuMigration:
             if destination.migration != "completed":
                 raise destination.gone("as it could not load the device state")
         except MigrationError as error:
-            raise await self._after_lost_destination(plan, error) from error
+            raise await self._after_lost_destination(plan, lost or error) from error
         self._say("destination: has the guest, its memory is still at the source")
+
+    async def _send_state(self) -> MigrationError | None:
+        """Return when the source has sent all, or given up; its end, if it ended on the way, is returned."""
+        source = self._source
+        try:
+            await source.execute("migrate-continue", state="pre-switchover")
+            await source.until(lambda m: m.migration in ENDED, SWITCH_TIMEOUT_S, "has sent its device state")
+        except MigrationError as error:
+            if not source.is_gone:
+                # It may have come to its end in this very moment: only what it says after this counts.
+                await self._cancel_qemu()
+                return None
+            log.warning("qemu.source_gone", detail="the destination may have its device state all the same")
+            return error
+        return None
 
     async def _after_lost_destination(self, plan: Plan, error: MigrationError) -> MigrationError:
         """It never ran, so the source is the guest still, if it is there."""
         if self._destination.resumed_at is None and not self._source.is_gone:
-            with contextlib.suppress(PostcopyError):
-                await self._undo(plan)
-                return self._named(error)
+            await self._undo(plan)
+            return self._named(error)
         text = f"{error.message}; neither machine runs the guest; the source's RAM file is untouched"
         return MigrationError(error.code, text)
 
