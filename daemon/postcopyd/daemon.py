@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import signal
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
 import structlog
 
-from .control.server import ControlServer
 from .errors import Code
 from .health.readiness import Readiness
 from .manager import Manager
-from .metrics.collector import Snapshot
 from .metrics.counts import ErrorCounts
-from .metrics.exposition import Exposition
 from .priority import raise_priority
 from .sdnotify import Notifier, Watchdog, listen_fds
 from .store import DescriptorStore, group, offered_capacity
@@ -23,6 +21,7 @@ from .transport.factory import make_factory
 
 if TYPE_CHECKING:
     from .config import DaemonConfig
+    from .control.server import ControlServer
 
 log = structlog.get_logger(__name__)
 
@@ -60,20 +59,20 @@ class Daemon:
             loop.add_signal_handler(number, self._on_stop_signal, number)
         async with AsyncExitStack() as stack:
             stack.push_async_callback(self._manager.close)
-            control = ControlServer(
-                self._manager, self._config.control, default_limits=self._config.default_limits()
-            )
-            await stack.enter_async_context(control)
-            await self._start_http(stack)
             stored, others = group(listen_fds())
             passed = others.pop(SOCKET_NAME, None)
             for name in others:
                 log.warning("store.unknown", name=name, detail="kept open")
+            # Guests that wait come first: what the rest needs takes longer to load than all that they need.
             await self._manager.adopt(stored)
+            control = await self._start_control(stack)
+            await self._start_http(stack)
+            self._manager.prepare_again()
             if passed is not None:
                 self._manager.take_default_socket(passed)
             elif self._config.default_socket:
                 self._manager.listen_by_default(self._config.default_socket)
+            await self._manager.wait_running()
             self._start_watchdog(stack)
             self._readiness.release("starting")
             await control.set_serving(True)
@@ -85,11 +84,24 @@ class Daemon:
             await self._drain()
             self._notifier.notify(STOPPING=1)
 
+    async def _start_control(self, stack: AsyncExitStack) -> ControlServer:
+        await _load("postcopyd.control.server")
+        from .control.server import ControlServer
+
+        server = ControlServer(
+            self._manager, self._config.control, default_limits=self._config.default_limits()
+        )
+        return await stack.enter_async_context(server)
+
     async def _start_http(self, stack: AsyncExitStack) -> None:
         if not self._config.http:
             return
         # aiohttp is a third of the daemon's memory: only those who ask for it pay.
+        await _load("postcopyd.health.http")
+        await _load("postcopyd.metrics.exposition")
         from .health.http import HttpServer
+        from .metrics.collector import Snapshot
+        from .metrics.exposition import Exposition
 
         exposition = Exposition(lambda: Snapshot(self._manager.list(), self._handoff_errors.snapshot()))
         server = HttpServer(self._config.http, self._readiness, self._manager.list, exposition)
@@ -118,6 +130,11 @@ class Daemon:
             log.warning("daemon.draining", unfinished=left)
             self._notifier.notify(STATUS=f"Draining: {left} migrations are not complete")
         await self._manager.drain()
+
+
+async def _load(name: str) -> None:
+    """Import a module in a thread: the event loop gets its turns meanwhile, and guests their pages."""
+    await asyncio.to_thread(importlib.import_module, name)
 
 
 async def run_daemon(config: DaemonConfig) -> None:

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import TextIO
+from typing import TextIO, cast
 
-import structlog
+_modules = cast("dict[str, object]", sys.modules)
+if not sys.stderr.isatty():
+    # structlog takes along rich if there is one, for tracebacks on a terminal; that alone takes as long to load as all
+    # that a daemon needs to serve the guests that wait for it.
+    _modules.setdefault("rich", None)
+import structlog  # noqa: E402 - what is above must come first
+
+if _modules.get("rich", structlog) is None:
+    del _modules["rich"]
 
 
 def configure(level: str = "info", stream: TextIO | None = None) -> None:

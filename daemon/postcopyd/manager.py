@@ -184,9 +184,11 @@ class Manager:
                     error=error.message,
                 )
                 self._unadopted[id] = fds
+
+    def prepare_again(self) -> None:
+        """Listen for the VMMs that an earlier process was asked to wait for."""
         for record in self._prepared.load():
             self._prepare_again(record)
-        await self._wait_running()
 
     async def _adopt_one(self, id: str, fds: dict[str, OwnedFd]) -> None:
         kept = examine(id, fds)
@@ -235,8 +237,8 @@ class Manager:
             if entry.session.is_vacant:
                 entry.session.fail(error)
 
-    async def _wait_running(self) -> None:
-        """Return when every adopted session has its source again, or knows that it has not."""
+    async def wait_running(self) -> None:
+        """Return when every adopted session has its source again, or knows that it has not, or after a while."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(ADOPT_WAIT_S):
                 for entry in [e for e in self._entries.values() if e.serving is not None]:

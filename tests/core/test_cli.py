@@ -15,7 +15,9 @@ import pytest
 from fake_manager import FakeManager
 from postcopyd import __version__
 from postcopyd.cli import COMMANDS, main
+from postcopyd.cli.daemon import run
 from postcopyd.control.server import ControlServer
+from postcopyd.entry import RUN_OPTIONS, plain_run
 from postcopyd.errors import Code, InvariantError
 from postcopyd.status import Limits, State
 
@@ -261,3 +263,35 @@ def test_a_reader_that_goes_away_is_no_traceback() -> None:
     done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True, check=False)
     os.close(write_end)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize(
+    ("args", "options"),
+    [
+        (["run"], {}),
+        (["run", "--config", "a.toml", "--control=/c"], {"config_path": "a.toml", "control": "/c"}),
+        (["run", "--state-dir", "/s"], {"state_dir": "/s"}),
+        (["run", "--help"], None),
+        (["run", "--config"], None),
+        (["run", "--config", "--control"], None),
+        (["run", "extra"], None),
+        (["list"], None),
+        ([], None),
+    ],
+)
+def test_only_a_plain_run_goes_the_short_way(args: list[str], options: dict[str, str] | None) -> None:
+    assert plain_run(args) == options
+
+
+def test_the_short_way_knows_every_option_of_run() -> None:
+    named = {option.opts[0]: option.name for option in run.params}
+    assert named == RUN_OPTIONS
+
+
+def test_a_daemon_serves_its_guests_before_it_loads_what_they_do_not_need() -> None:
+    """Each of these takes longer to load than a restart should last."""
+    code = "import sys, postcopyd.launch, postcopyd.daemon, postcopyd.transport.native; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert not {"grpc", "click", "aiohttp", "prometheus_client", "rich"} & set(loaded)

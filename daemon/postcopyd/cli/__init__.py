@@ -72,13 +72,18 @@ def version() -> None:
     click.echo(f"postcopyd {__version__}")
 
 
+def report(error: PostcopyError) -> int:
+    """Say on stderr, in one line, what went wrong; return the exit status."""
+    click.echo(f"postcopyd: error: {printable(str(error))}", err=True)
+    return error.exit_status
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status. An expected error is one line on stderr, never a traceback."""
     try:
         status = cli.main(args, prog_name="postcopyd", standalone_mode=False)
     except PostcopyError as error:
-        click.echo(f"postcopyd: error: {printable(str(error))}", err=True)
-        return error.exit_status
+        return report(error)
     except click.ClickException as error:
         error.show()
         return error.exit_code

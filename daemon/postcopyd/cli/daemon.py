@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 
 import click
-
-from postcopyd import log
-from postcopyd.config import load_config
 
 
 @click.command()
@@ -22,16 +18,9 @@ def run(config_path: str | None, state_dir: str | None, control: str | None) -> 
 
     Every key of the configuration may also be given as a variable, POSTCOPYD_ and the key in capitals.
     """
-    given = {"state_dir": state_dir, "control": control}
-    config = load_config(config_path, {key: value for key, value in given.items() if value is not None})
-    log.configure(config.log_level)
+    from postcopyd.launch import launch
 
-    import uvloop
-
-    from postcopyd.daemon import run_daemon
-
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(run_daemon(config))
+    launch(config_path, state_dir, control)
 
 
 @click.command(context_settings={"ignore_unknown_options": True})

@@ -6,12 +6,11 @@ import ssl
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import grpc
-
 from ..errors import Code, ConfigError
-from .grpcio import GrpcioTransport, Timeouts
 
 if TYPE_CHECKING:
+    import grpc
+
     from ..config import DaemonConfig
     from . import TransportFactory
 
@@ -30,6 +29,9 @@ def make_factory(config: DaemonConfig) -> TransportFactory:
         return lambda target: NativeTransport(
             target, tls=context, connect_timeout_s=timeout_s, call_timeout_s=timeout_s
         )
+    # Each is loaded only where it is used: a daemon that comes back has guests waiting.
+    from .grpcio import GrpcioTransport, Timeouts
+
     credentials = _credentials(config)
     timeouts = Timeouts(connect_s=config.connect_timeout_s)
     return lambda target: GrpcioTransport(target, timeouts=timeouts, credentials=credentials)
@@ -49,6 +51,8 @@ def _read(key: str, path: str) -> bytes | None:
 def _credentials(config: DaemonConfig) -> grpc.ChannelCredentials | None:
     if not config.tls.ca:
         return None
+    import grpc
+
     return grpc.ssl_channel_credentials(
         _read("ca", config.tls.ca), _read("key", config.tls.key), _read("cert", config.tls.cert)
     )

@@ -13,6 +13,7 @@ from ..errors import Code, SourceError
 from ..v1 import page_source_pb2 as pb
 from ..v1 import page_source_pb2_grpc as pb_grpc
 from . import ImageInfo, PageStream, ReplySink
+from .status import source_error
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -29,21 +30,6 @@ class Timeouts(msgspec.Struct, frozen=True):
 
     connect_s: float = 5.0
     keepalive_s: float = 2.0
-
-
-_STATUS_CODES = {
-    grpc.StatusCode.NOT_FOUND: Code.SOURCE_UNKNOWN_IMAGE,
-    grpc.StatusCode.FAILED_PRECONDITION: Code.SOURCE_OTHER_EPOCH,
-    grpc.StatusCode.DEADLINE_EXCEEDED: Code.SOURCE_SILENT,
-    grpc.StatusCode.UNAVAILABLE: Code.SOURCE_UNREACHABLE,
-    grpc.StatusCode.CANCELLED: Code.SOURCE_CLOSED,
-}
-
-
-def source_error(target: str, code: grpc.StatusCode, details: str | None) -> SourceError:
-    """The one place where grpc's status becomes ours."""
-    ours = _STATUS_CODES.get(code, Code.SOURCE_REFUSED)
-    return SourceError(ours, f"page source {target}: {details or code.name}")
 
 
 def _identity(message: bytes) -> bytes:
@@ -112,7 +98,7 @@ class GrpcioStream:
         elif code is grpc.StatusCode.OK:
             self._finish(SourceError(Code.SOURCE_CLOSED, f"page source {self._target} ended the stream"))
         else:
-            self._finish(source_error(self._target, code, details))
+            self._finish(source_error(self._target, code.value[0], details))
 
 
 class GrpcioTransport:
@@ -163,7 +149,7 @@ class GrpcioTransport:
                 pb.DescribeRequest(image_id=image_id), timeout=self._timeouts.connect_s
             )
         except grpc.aio.AioRpcError as err:
-            raise source_error(self.target, err.code(), err.details()) from err
+            raise source_error(self.target, err.code().value[0], err.details()) from err
         return ImageInfo(
             image_id=image.image_id,
             epoch=image.epoch,
@@ -180,7 +166,7 @@ class GrpcioTransport:
             async for reply in stub.Holes(pb.HolesRequest(image_id=image_id, epoch=epoch)):
                 yield [(hole.offset, hole.length) for hole in reply.holes]
         except grpc.aio.AioRpcError as err:
-            raise source_error(self.target, err.code(), err.details()) from err
+            raise source_error(self.target, err.code().value[0], err.details()) from err
 
     async def open_stream(self, opening: bytes, sink: ReplySink, *, demand: bool) -> PageStream:
         channel = self._main_channel() if demand else self._open_channel()
@@ -196,7 +182,7 @@ class GrpcioTransport:
         try:
             reply = await stub.Complete(request, timeout=self._timeouts.connect_s)
         except grpc.aio.AioRpcError as err:
-            raise source_error(self.target, err.code(), err.details()) from err
+            raise source_error(self.target, err.code().value[0], err.details()) from err
         return reply.released
 
     async def close(self) -> None:

@@ -6,12 +6,10 @@ import asyncio
 from collections import deque
 from typing import TYPE_CHECKING
 
-import grpc
-
 from .._native import h2
 from ..errors import Code, SourceError
-from .grpcio import source_error
 from .h2_connection import H2Connection, KeepAlive, Loss
+from .status import source_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
 UNTAKEN_MAX = 256
 """Messages of a call that wait for their reader before nothing more is received."""
 
-_STATUSES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 _LOSSES = {
     Loss.CLOSED: Code.SOURCE_CLOSED,
     Loss.LOCAL: Code.SOURCE_CLOSED,
@@ -174,4 +171,4 @@ def _error_of(target: str, event: h2.Event) -> SourceError:
         return SourceError(Code.SOURCE_BAD_REPLY, f"page source {target}: {event.text}")
     if event.status == 0:
         return SourceError(Code.SOURCE_CLOSED, f"page source {target} ended the stream")
-    return source_error(target, _STATUSES[event.status], event.text)
+    return source_error(target, event.status, event.text)
