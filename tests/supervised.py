@@ -72,6 +72,12 @@ class Supervised:
     def starts(self) -> int:
         return len((self.folder / "starts").read_text().splitlines())
 
+    async def started(self, times: int) -> None:
+        """Return when so many daemons were started. There is nobody to tell."""
+        async with asyncio.timeout(PATIENCE_S):
+            while self.starts < times:  # noqa: ASYNC110 - another process counts
+                await asyncio.sleep(0.02)
+
     async def call(self, action: Callable[[ControlClient], Awaitable[Answer]]) -> Answer:
         """Ask the daemon; again if it died over the question, or is not there yet."""
         async with asyncio.timeout(PATIENCE_S):
