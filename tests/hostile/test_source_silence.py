@@ -177,6 +177,8 @@ async def test_a_source_that_never_ends_its_holes_still_pushes_everything(
     async def endless() -> AsyncIterator[pb.HolesReply]:
         while True:
             yield pb.HolesReply(holes=[pb.Extent(offset=hole, length=PAGE_SIZE)])
+            # Often enough not to be silent.
+            await asyncio.sleep(SILENT_AFTER_S / 4)
 
     source.holes = endless
     prepared = await daemon.prepare("vm", source.address)
