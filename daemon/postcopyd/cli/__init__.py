@@ -33,6 +33,7 @@ COMMANDS = {
     "set-limits": ("postcopyd.cli.migrations:set_limits", "Change a migration's push rate and weight."),
     "serve": ("postcopyd.source.cli:serve", "Serve memory images to destinations (the source host)."),
     "qemu": ("postcopyd.qemu.command:qemu", "Move the guest of an unmodified QEMU."),
+    "doctor": ("postcopyd.doctor:doctor", "Say what this host can do, and what to change where it cannot."),
     "demo": ("postcopyd.demo.command:demo", "Migrate a small guest on this host and show what happens."),
     "version": ("postcopyd.cli:version", "Print the version."),
 }
