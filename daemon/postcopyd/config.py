@@ -21,7 +21,7 @@ from .arguments import check_id, check_socket_path, parse_endpoint
 from .errors import Code, ConfigError
 from .priority import NICE
 from .status import Limits
-from .units import parse_size
+from .units import GIB, KIB, parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +30,9 @@ ENV_PREFIX = "POSTCOPYD_"
 ENVIRONMENT = "environment"
 CONTROL_SOCKET_NAME = "control.sock"
 MAX_CONFIG_BYTES = 1 << 20
+
+WINDOW_BYTES = 1 << 20
+"""Enough for 1 GiB/s at 1 ms, little enough to stay in a processor's cache."""
 
 _SIZE = {"unit": "size"}
 
@@ -89,6 +92,15 @@ class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     http: Annotated[
         str, Meta(description="HOST:PORT of /healthz, /readyz and /metrics; empty: off. Unauthenticated.")
     ] = "127.0.0.1:9464"
+    push_window: Annotated[
+        int,
+        Meta(
+            ge=64 * KIB,
+            le=GIB,
+            extra=_SIZE,
+            description="Most bytes of the push on their way for one migration; more for links that are long and fat.",
+        ),
+    ] = WINDOW_BYTES
     nice: Annotated[
         int,
         Meta(

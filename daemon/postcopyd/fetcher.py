@@ -28,15 +28,11 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-RUN_BYTES = 256 * KIB
+RUN_BYTES = 128 * KIB
 """The push asks, and its replies are installed, in pieces of this: one never holds the event loop for long."""
 
-WINDOW_BYTES = 2 * MIB
-"""Outstanding push bytes of one migration: enough for 1 GiB/s at 2 ms, little enough that a wanted page is never far
-behind."""
-
 TOTAL_WINDOW_BYTES = 16 * MIB
-"""Of all migrations of a daemon."""
+"""Outstanding push bytes of all migrations of a daemon."""
 
 BACKOFF_FIRST_S = 0.05
 BACKOFF_MAX_S = 2.0
@@ -344,7 +340,10 @@ class Fetcher:
             self._watch_silence()
 
     def _window_bytes(self) -> int:
-        """At least two pieces, or the second would wait for the first's round trip."""
+        """While a thread waits, one piece: whatever server, link and processor do for the push, it waits behind. Else at
+        least two pieces, or the second would wait for the first's round trip."""
+        if self._pager.demand_inflight:
+            return self._run_bytes
         return max(self._share.window_bytes, 2 * self._run_bytes)
 
     def _push_again(self) -> None:

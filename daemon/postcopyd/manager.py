@@ -22,7 +22,7 @@ from .errors import (
     PostcopyError,
     SourceError,
 )
-from .fetcher import TOTAL_WINDOW_BYTES, WINDOW_BYTES
+from .fetcher import TOTAL_WINDOW_BYTES
 from .handoff.message import EXIT_NOTIFY, EXIT_RING
 from .handoff.message import STATE as PRESENTED_STATE
 from .handoff.socket import HandoffListener
@@ -96,7 +96,7 @@ class Manager:
         self._config = config
         self._factory = factory
         self._store = store
-        self._shares = Shares(TOTAL_WINDOW_BYTES, WINDOW_BYTES)
+        self._shares = Shares(max(TOTAL_WINDOW_BYTES, config.push_window), config.push_window)
         self._count_handoff_error = count_handoff_error
         self._prepared = PreparedStore(Path(config.state_dir) / "prepared")
         self._entries: dict[str, Entry] = {}

@@ -12,9 +12,9 @@ import pytest
 import uvloop
 
 from harness import PATIENCE_S, TRANSPORTS, Host
+from postcopyd.config import WINDOW_BYTES
 from postcopyd.demo.flow import DemoResult
 from postcopyd.errors import Code
-from postcopyd.fetcher import WINDOW_BYTES
 from postcopyd.status import Limits, State
 from postcopyd.units import MIB, PAGE_SIZE
 from support import require_kvm, require_uffd
