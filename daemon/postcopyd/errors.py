@@ -38,6 +38,8 @@ class Code(StrEnum):
     HANDOFF_NO_MIGRATION = "handoff.no_migration"
     HANDOFF_STALE_STATE = "handoff.stale_state"
     EXIT_RING_BROKEN = "exit_ring.broken"
+    EXIT_SOCKET_BROKEN = "exit_socket.broken"
+    EXIT_SOCKET_EXITLESS = "exit_socket.exitless"
     STORE_FULL = "store.full"
     STORE_INCOMPLETE = "store.incomplete"
 
@@ -252,6 +254,16 @@ CATALOGUE: dict[Code, Entry] = {
         HandoffError,
         "The exit ring that a VMM shares breaks its rules: size, seals, indices, addresses.",
         "A bug of the VMM, or a VMM taken over by its guest: end it. Its vCPUs wait until then; no other VM is touched.",
+    ),
+    Code.EXIT_SOCKET_BROKEN: Entry(
+        HandoffError,
+        "What a VMM forwards of its vCPUs' faults over its socket breaks the rules: frames, addresses, amounts.",
+        "A bug of the VMM, or a VMM taken over by its guest: end it. Its vCPUs wait until then; no other VM is touched.",
+    ),
+    Code.EXIT_SOCKET_EXITLESS: Entry(
+        HandoffError,
+        "A Firecracker wants its vCPUs' faults served by eventfds (exitless_apf), which postcopyd does not do.",
+        "Start it without exitless asynchronous page faults; it then forwards the faults over its socket.",
     ),
     Code.STORE_FULL: Entry(
         HandoffError,

@@ -14,6 +14,8 @@ log = structlog.get_logger(__name__)
 
 UFFD_KIND = "anon_inode:[userfaultfd]"
 MEMFD_KIND_PREFIX = "/memfd:"
+GUEST_MEMFD_KIND = "anon_inode:[kvm-gmem]"
+"""Source: virt/kvm/guest_memfd.c, Linux 6.8 and later."""
 
 
 class OwnedFd:

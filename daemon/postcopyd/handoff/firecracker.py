@@ -5,6 +5,7 @@
 | 1.1 to 1.6 | base_host_virt_addr, size, offset |
 | 1.7 to 1.11 | and page_size_kib: **bytes**, in spite of its name |
 | 1.12 on | and page_size; page_size_kib repeats it, deprecated, and is not read |
+| secret hiding | and gpa_start, is_guest_memfd: see firecracker_exits.py |
 
 The array has no length and no terminator. Firecracker sends it once, wants no answer, and goes on. Before
 1.12 it closes the socket at once; from 1.12 the socket stays open until the VMM ends.
@@ -21,9 +22,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from ..errors import Code, HandoffError
 from ..units import PAGE_SIZE, Hva, Offset
 from . import fields
+from .firecracker_exits import MAX_DESCRIPTORS, forwards_exits, message_with_exits
 from .message import BLANKS, MAX_MESSAGE_BYTES, MEMFD, UFFD, HandoffMessage, Incomplete, Missing, Mode
 from .regions import MemoryRegion, check_regions
 
@@ -40,49 +44,70 @@ class FirecrackerParser:
         self._data = bytearray()
         self._value_end = fields.ValueEnd()
         self._end: int | None = None
+        self._message: HandoffMessage | None = None
 
     def feed(self, data: bytes, descriptors: int) -> Incomplete | HandoffMessage:
         """See HandoffParser. Blanks after the array are skipped, so that a descriptor may come with one."""
         self._data += data
-        if descriptors > len(_DESCRIPTORS):
-            raise HandoffError(
-                Code.HANDOFF_EXTRA_DESCRIPTORS,
-                f"{descriptors} descriptors came; Firecracker hands over a userfaultfd and at most a memfd",
-            )
+        if descriptors > MAX_DESCRIPTORS:
+            raise _too_many(descriptors, "ever hands over more than three")
         if len(self._data) > MAX_MESSAGE_BYTES:
             raise HandoffError(
                 Code.HANDOFF_TOO_LARGE,
                 f"the hand-off is longer than {MAX_MESSAGE_BYTES} bytes; it was not read further",
             )
-        trailing = data
         if self._end is None:
             self._end = self._value_end.find(self._data)
             if self._end is None:
                 return Incomplete(Missing.BODY)
-            trailing = bytes(self._data[self._end :])
-        if trailing.strip(BLANKS):
+        trailing = bytes(self._data[self._end :]).lstrip(BLANKS)
+        if self._message is None:
+            self._message = _message(bytes(self._data[: self._end]))
+        if self._message.exit_socket:
+            return _with_exits(self._message, descriptors, trailing)
+        if descriptors > len(_DESCRIPTORS):
+            raise _too_many(descriptors, "of this generation hands over more than two")
+        if trailing:
             raise HandoffError(
                 Code.HANDOFF_UNEXPECTED,
                 "more came after the regions: this Firecracker wants something else served than page faults",
             )
         if descriptors == 0:
             return Incomplete(Missing.DESCRIPTOR)
-        return _message(bytes(self._data[: self._end]), _DESCRIPTORS[:descriptors])
+        return msgspec.structs.replace(self._message, descriptor_names=_DESCRIPTORS[:descriptors])
 
 
-def _message(body: bytes, descriptor_names: tuple[str, ...]) -> HandoffMessage:
+def _with_exits(message: HandoffMessage, descriptors: int, trailing: bytes) -> Incomplete | HandoffMessage:
+    expected = len(message.descriptor_names)
+    if descriptors > expected:
+        raise _too_many(descriptors, f"with such regions hands over more than {expected}")
+    if descriptors < expected:
+        return Incomplete(Missing.DESCRIPTOR)
+    return msgspec.structs.replace(message, leftover=trailing)
+
+
+def _too_many(descriptors: int, who: str) -> HandoffError:
+    return HandoffError(
+        Code.HANDOFF_EXTRA_DESCRIPTORS, f"{descriptors} descriptors came; no Firecracker {who}"
+    )
+
+
+def _message(body: bytes) -> HandoffMessage:
+    """Return what the array says; the names of descriptors only where the array decides them."""
     entries = [
         fields.as_object(entry, f"regions[{index}]")
         for index, entry in enumerate(fields.as_array(fields.decode(body), "message"))
     ]
     regions = tuple(_region(entry, f"regions[{index}]") for index, entry in enumerate(entries))
+    if forwards_exits(entries):
+        return message_with_exits(entries, regions)
     check_regions(regions, None)
     generation = _generation(entries)
     return HandoffMessage(
         format_name=f"firecracker-{generation}",
         regions=regions,
         mode=Mode.MISSING,
-        descriptor_names=descriptor_names,
+        descriptor_names=(),
         ignored=frozenset({MEMFD}),
         wants_ack=False,
         socket_is_liveness=generation == "1.12",

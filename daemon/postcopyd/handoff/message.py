@@ -21,6 +21,8 @@ MEMFD = "memfd"
 EXIT_RING = "exit_ring"
 EXIT_NOTIFY = "exit_notify"
 STATE = "state"
+GUEST_MEMFD = "guest_memfd"
+BITMAP = "bitmap"
 
 
 class Mode(Flag):
@@ -63,6 +65,7 @@ class HandoffMessage(msgspec.Struct, frozen=True, kw_only=True):
     sends_events: framed messages may follow; without it, nothing may.
     pinned: what must be there before a vCPU runs, as the kernel itself reads it (page tables, descriptor tables).
     keep_state: the acknowledgement is to carry the state memory, so that the VMM can present it again.
+    exit_socket: the VMM forwards fault exits over its socket, after a word of its own about how.
     leftover: bytes that came after the hand-off; they belong to whoever reads the socket next.
     """
 
@@ -78,6 +81,7 @@ class HandoffMessage(msgspec.Struct, frozen=True, kw_only=True):
     leftover: bytes = b""
     pinned: tuple[PinnedRange, ...] = ()
     keep_state: bool = False
+    exit_socket: bool = False
 
 
 class HandoffParser(Protocol):

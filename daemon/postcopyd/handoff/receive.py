@@ -10,9 +10,9 @@ import structlog
 
 from ..errors import Code, HandoffError
 from .channel import receive_chunk
-from .descriptors import MEMFD_KIND_PREFIX, UFFD_KIND, OwnedFd, kind_of
+from .descriptors import GUEST_MEMFD_KIND, MEMFD_KIND_PREFIX, UFFD_KIND, OwnedFd, kind_of
 from .detect import FormatDetector
-from .message import MEMFD, STATE, UFFD, HandoffMessage, Incomplete, Missing
+from .message import BITMAP, GUEST_MEMFD, MEMFD, STATE, UFFD, HandoffMessage, Incomplete, Missing
 from .offer import Handoff
 from .peer import open_pidfd, peer_of
 
@@ -104,8 +104,13 @@ def _check_kinds(named: dict[str, OwnedFd]) -> None:
     kind = kind_of(named[UFFD])
     if kind != UFFD_KIND:
         raise HandoffError(Code.HANDOFF_NOT_UFFD, f"the VMM sent {kind[:80]!a} where its userfaultfd belongs")
-    for name in (MEMFD, STATE):
-        if name in named and not (kind := kind_of(named[name])).startswith(MEMFD_KIND_PREFIX):
+    for name in (MEMFD, STATE, BITMAP, GUEST_MEMFD):
+        if name not in named:
+            continue
+        # Writing to any other file could block, or do more than it says.
+        kind = kind_of(named[name])
+        is_guest_memfd = name == GUEST_MEMFD and kind == GUEST_MEMFD_KIND
+        if not (is_guest_memfd or kind.startswith(MEMFD_KIND_PREFIX)):
             raise HandoffError(
                 Code.HANDOFF_EXTRA_DESCRIPTORS,
                 f"the VMM sent {kind[:80]!a} beside its userfaultfd; only a memfd is known there",
