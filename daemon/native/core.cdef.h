@@ -51,7 +51,7 @@ struct state_header {
 /* pager.h */
 enum lane { LANE_DEMAND, LANE_BULK, LANES };
 enum pager_signal { PAGER_SEND = 1, PAGER_MORE = 2, PAGER_STALLED = 4, PAGER_GONE = 8, PAGER_SHORT = 16, PAGER_FAILED = 32,
-	PAGER_DISTRUST = 64, PAGER_RING_BROKEN = 128 };
+	PAGER_DISTRUST = 64, PAGER_RING_BROKEN = 128, PAGER_ANSWERS = 256 };
 struct pager_failure { uint32_t op; int32_t error; uint64_t addr; uint64_t len_bytes; };
 struct pager_stats {
 	uint64_t pages, missing, requested, present, zero;
@@ -90,6 +90,13 @@ int pager_release(struct pager *pager);
 bool pager_poison_missing(struct pager *pager);
 int pager_attach_ring(struct pager *pager, void *mem, size_t len);
 unsigned pager_on_doorbell(struct pager *pager, int doorbell);
+struct pager_answer { uint64_t page; uint64_t len_bytes; uint32_t vcpu; uint32_t zero; };
+void pager_forward_exits(struct pager *pager);
+int64_t pager_external_fault(struct pager *pager, uint64_t address, bool is_offset, uint32_t vcpu);
+uint32_t pager_take_answers(struct pager *pager, struct pager_answer *out, uint32_t room);
+#define ANSWERS_MAX ...
+#define EXTERNAL_OUTSIDE ...
+#define EXTERNAL_FULL ...
 void pager_want_gpa(struct pager *pager, uint64_t gpa, uint64_t len_bytes);
 const char *exit_ring_error_text(int error);
 int exit_ring_map(int fd, void **mem, size_t *len);
@@ -99,6 +106,13 @@ void exit_ring_unmap(void *mem, size_t len);
 #define EXIT_RING_OUTSIDE ...
 
 void pager_get_stats(const struct pager *pager, struct pager_stats *stats);
+
+/* edge_guest_memfd.h */
+struct guest_memfd;
+struct guest_memfd *guest_memfd_open(int uffd, int file, int bitmap, const struct region *regions, uint32_t count, int *error);
+void guest_memfd_close(struct guest_memfd *memory);
+void guest_memfd_arm(struct guest_memfd *memory, const struct ledger *ledger);
+const struct uffd_edge *guest_memfd_edge(void);
 
 /* crash.h */
 void crash_arm(const char *name, uint32_t nth);

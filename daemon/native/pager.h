@@ -28,6 +28,7 @@
 #define WANTED_SLOTS 4096u
 #define HOT_SPOTS 32u
 #define FORKS_MAX 16u
+#define ANSWERS_MAX 1024u
 
 /* What the caller has to do next: bits of the return value of drain, feed, retry, mark_zero. */
 enum pager_signal {
@@ -38,6 +39,7 @@ enum pager_signal {
 	PAGER_SHORT = 16,   /* no memory or huge page; implies STALLED */
 	PAGER_FAILED = 32,  /* the kernel answered outside of all policy: pager.failure */
 	PAGER_RING_BROKEN = 128, /* the exit ring is not served any more: pager.ring_error */
+	PAGER_ANSWERS = 256, /* forwarded exits were answered: pager_take_answers */
 	PAGER_DISTRUST = 64 /* the stream's replies make no sense: drop the connection */
 };
 
@@ -46,6 +48,14 @@ struct pager_failure {
 	int32_t error;
 	uint64_t addr;
 	uint64_t len_bytes;
+};
+
+/* A fault exit that somebody forwarded and whose page can be touched now. */
+struct pager_answer {
+	uint64_t page;
+	uint64_t len_bytes; /* of the page */
+	uint32_t vcpu;
+	uint32_t zero; /* 1: it is zero by right, its content never came */
 };
 
 struct pager_stats {
@@ -76,6 +86,10 @@ struct pager {
 	struct exit_ring *ring; /* &ring_memory, or NULL */
 	struct exit_ring ring_memory;
 	int ring_error;
+	bool forwarded;	      /* exits come by pager_external_fault */
+	uint32_t outstanding; /* forwarded exits that were not taken as answers */
+	uint32_t answers;
+	struct pager_answer answer[ANSWERS_MAX];
 
 	uint64_t wanted[WANTED_SLOTS]; /* pages to ask for at once; free-running indices */
 	uint32_t wanted_head, wanted_tail;
@@ -161,6 +175,20 @@ unsigned pager_on_doorbell(struct pager *pager, int doorbell);
 
 /* Ask for [gpa, gpa + len) at once, though nobody waits yet: what a vCPU's kernel reads by itself (page tables). */
 void pager_want_gpa(struct pager *pager, uint64_t gpa, uint64_t len_bytes);
+
+/* Take fault exits that the VMM forwards in messages of its own. Not together with a ring. */
+void pager_forward_exits(struct pager *pager);
+
+/* What pager_external_fault says instead of a page's number. */
+#define EXTERNAL_OUTSIDE -1 /* no region has it */
+#define EXTERNAL_FULL -2    /* ANSWERS_MAX exits are outstanding, or the table of waiters is full */
+
+/* vCPU `vcpu` (below WAITER_EXIT) waits for the page at guest physical address `address`, or with `is_offset` at that offset in
+ * the image. Returns the page's number; the same vCPU and page again count once as long as they are not answered. */
+int64_t pager_external_fault(struct pager *pager, uint64_t address, bool is_offset, uint32_t vcpu);
+
+/* Move up to `room` answers to `out`; returns how many. Each accepted fault comes up once. */
+uint32_t pager_take_answers(struct pager *pager, struct pager_answer *out, uint32_t room);
 
 void pager_get_stats(const struct pager *pager, struct pager_stats *stats);
 

@@ -2,9 +2,14 @@
  *
  * An exit's waiter has WAITER_EXIT and the vCPU's number for a thread id. When its page is answered the waiters call
  * on_answered, which completes the vCPU's faults on that page; the ring wakes the vCPU with the last of its batch.
+ *
+ * Exits that the VMM forwards in messages come one by one and are answered in batches: answers gather until they are taken.
+ * Accepted but not taken are at most ANSWERS_MAX, so there is always room for an answer.
  */
 #include "crash.h"
 #include "pager.h"
+
+#include <string.h>
 
 #define FAULTS_AT_ONCE 128u
 #define EXIT_ROUNDS 8
@@ -43,6 +48,19 @@ static void on_answered(void *context, const struct waiter *entry)
 					   p->poisoned ? EXIT_POISONED : EXIT_RESOLVED);
 			CRASH_POINT("exits.answered");
 		}
+}
+
+static void on_forwarded_answered(void *context, const struct waiter *entry)
+{
+	struct pager *p = context;
+
+	p->answer[p->answers++] = (struct pager_answer){
+		.page = entry->page,
+		.len_bytes = 1ull << pager_region_of_page(p, entry->page)->page_shift,
+		.vcpu = entry->tid & ~WAITER_EXIT,
+		.zero = ledger_state(&p->ledger, entry->page) == PAGE_ZERO,
+	};
+	p->signals |= PAGER_ANSWERS;
 }
 
 static const struct region *region_at_gpa(const struct pager *p, uint64_t gpa)
@@ -139,6 +157,51 @@ int pager_attach_ring(struct pager *p, void *mem, size_t len)
 		page += run;
 	}
 	return 0;
+}
+
+void pager_forward_exits(struct pager *p)
+{
+	p->forwarded = true;
+	p->waiters.answered = on_forwarded_answered;
+	p->waiters.context = p;
+}
+
+static const struct region *region_at_offset(const struct pager *p, uint64_t offset)
+{
+	for (uint32_t i = 0; i < p->state->regions; i++)
+		if (offset - p->region[i].image_offset < p->region[i].len_bytes)
+			return &p->region[i];
+	return NULL;
+}
+
+int64_t pager_external_fault(struct pager *p, uint64_t address, bool is_offset, uint32_t vcpu)
+{
+	const struct region *region = is_offset ? region_at_offset(p, address) : region_at_gpa(p, address);
+	uint64_t page;
+
+	if (!p->forwarded || !region)
+		return EXTERNAL_OUTSIDE;
+	address -= is_offset ? region->image_offset : region->gpa;
+	page = region->first_page + (address >> region->page_shift);
+	if (waiters_has_thread(&p->waiters, page, WAITER_EXIT | vcpu))
+		return (int64_t)page;
+	if (p->outstanding == ANSWERS_MAX || waiters_room(&p->waiters) == 0)
+		return EXTERNAL_FULL;
+	p->outstanding++;
+	p->counters->exits++;
+	pager_on_waiter(p, page, WAITER_EXIT | vcpu, pager_now_ns());
+	return (int64_t)page;
+}
+
+uint32_t pager_take_answers(struct pager *p, struct pager_answer *out, uint32_t room)
+{
+	uint32_t count = p->answers < room ? p->answers : room;
+
+	memcpy(out, p->answer, count * sizeof(*out));
+	p->answers -= count;
+	p->outstanding -= count;
+	memmove(p->answer, p->answer + count, p->answers * sizeof(*out));
+	return count;
 }
 
 void pager_want_gpa(struct pager *p, uint64_t gpa, uint64_t len_bytes)

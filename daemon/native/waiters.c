@@ -91,6 +91,14 @@ bool waiters_has(const struct waiters *w, uint64_t page)
 	return false;
 }
 
+bool waiters_has_thread(const struct waiters *w, uint64_t page, uint32_t tid)
+{
+	for (uint32_t i = home(w, page); w->slot[i].page != EMPTY; i = (i + 1) & (w->slots - 1))
+		if (w->slot[i].page == page && w->slot[i].tid == tid)
+			return true;
+	return false;
+}
+
 static struct blocked_thread *thread_of(struct waiters *w, uint32_t tid)
 {
 	if (tid == 0)

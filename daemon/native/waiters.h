@@ -54,6 +54,7 @@ uint32_t waiters_room(const struct waiters *waiters);
 bool waiters_add(struct waiters *waiters, uint64_t page, uint32_t tid, uint64_t now_ns, bool *first);
 
 bool waiters_has(const struct waiters *waiters, uint64_t page);
+bool waiters_has_thread(const struct waiters *waiters, uint64_t page, uint32_t tid);
 
 /* The pages of [first, first + count) were answered: account and forget. Returns how many waiters that were. */
 uint32_t waiters_resolve(struct waiters *waiters, uint64_t first, uint64_t count, uint64_t now_ns);

@@ -39,6 +39,8 @@ class SignalHandler(Protocol):
 
     def on_ring_broken(self, error: HandoffError) -> None: ...
 
+    def on_answers(self) -> None: ...
+
     def on_progress(self) -> None: ...
 
 
@@ -104,6 +106,8 @@ class Demultiplexer:
             self._handler.on_distrust()
         if signals & Signal.RING_BROKEN:
             self._handler.on_ring_broken(self._pager.ring_failure())
+        if signals & Signal.ANSWERS:
+            self._handler.on_answers()
         if signals & Signal.SHORT and not self._short:
             self._short = True
             self._retry_s = 0.0

@@ -9,9 +9,11 @@ from __future__ import annotations
 import errno
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ._native.core import (
+    ANSWERS_MAX,
+    EXTERNAL_FULL,
     REGION_NO_GPA,
     RING_OUTSIDE,
     WAITER_EXIT,
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
 REQUEST_BYTES = 32 << 10
 """Room for the ranges of one request message."""
 
+MAX_VCPUS = 4096
+"""Source: KVM_MAX_VCPUS, arch/x86/include/asm/kvm_host.h."""
+
 
 class Signal(IntFlag):
     """What a call into the pager asks its caller to do next; daemon/native/pager.h.
@@ -48,11 +53,21 @@ class Signal(IntFlag):
     FAILED = 32
     DISTRUST = 64
     RING_BROKEN = 128
+    ANSWERS = 256
 
 
 class Lane(IntEnum):
     DEMAND = 0
     BULK = 1
+
+
+class Answer(NamedTuple):
+    """vCPU `vcpu` may touch `page`, of `len_bytes`; zero: its content is zero by right."""
+
+    vcpu: int
+    page: int
+    len_bytes: int
+    zero: bool
 
 
 @dataclass(frozen=True)
@@ -104,10 +119,23 @@ def _ring_error(error: int) -> HandoffError:
     return HandoffError(Code.EXIT_RING_BROKEN, f"the VMM's exit ring cannot be served: {text}")
 
 
+def region_table(regions: Sequence[MemoryRegion]) -> CData:
+    """struct region[] of regions that are checked already (handoff.regions.check_regions)."""
+    table = ffi.new("struct region[]", len(regions))
+    for entry, region in zip(table, regions, strict=True):
+        entry.hva = region.host_addr
+        entry.len_bytes = region.size_bytes
+        entry.image_offset = region.image_offset
+        gpa = region.guest_phys_addr
+        entry.gpa = REGION_NO_GPA if gpa is None else gpa
+        entry.page_shift = region.page_size.bit_length() - 1
+    return table
+
+
 class Pager:
     """A pager over `state`. `uffd` and `state` stay the caller's and must outlive it.
 
-    `edge` is a test's stand-in for the kernel (struct uffd_edge), None for the kernel itself.
+    `edge` stands between it and the kernel (struct uffd_edge): guest_memfd's, a test's, None for the kernel itself.
     """
 
     def __init__(self, pager: CData, state: StateMemory) -> None:
@@ -119,6 +147,7 @@ class Pager:
         self._out = ffi.new("uint8_t[]", REQUEST_BYTES)
         self._out_view = ffi.buffer(self._out)
         self._claimed = ffi.new("uint64_t *")
+        self._answers: CData = ffi.NULL
         self.feed_address = (address_of_feed(), int(ffi.cast("uintptr_t", pager)))
 
     @classmethod
@@ -126,14 +155,7 @@ class Pager:
         cls, state: StateMemory, regions: Sequence[MemoryRegion], uffd: int, edge: CData | None = None
     ) -> Pager:
         """A pager over fresh state memory. Regions are checked already (handoff.regions.check_regions)."""
-        table = ffi.new("struct region[]", len(regions))
-        for entry, region in zip(table, regions, strict=True):
-            entry.hva = region.host_addr
-            entry.len_bytes = region.size_bytes
-            entry.image_offset = region.image_offset
-            gpa = region.guest_phys_addr
-            entry.gpa = REGION_NO_GPA if gpa is None else gpa
-            entry.page_shift = region.page_size.bit_length() - 1
+        table = region_table(regions)
         pager = lib.pager_create(state.memory, state.len_bytes, table, len(regions), uffd, edge or ffi.NULL)
         return cls(pager, state)
 
@@ -192,6 +214,37 @@ class Pager:
     def want(self, gpa: int, len_bytes: int) -> None:
         """Ask for guest physical memory at once, though nobody waits for it yet."""
         lib.pager_want_gpa(self._pager, gpa, len_bytes)
+
+    def forward_exits(self) -> None:
+        """Take fault exits by `external_fault`; not together with a ring."""
+        lib.pager_forward_exits(self._pager)
+        self._answers = ffi.new("struct pager_answer[]", ANSWERS_MAX)
+
+    def external_fault(self, vcpu: int, *, gpa: int | None, offset: int) -> int:
+        """Note that a vCPU waits for the page at `gpa`, or without one at `offset` in the image; return its number.
+
+        Raises:
+            HandoffError: EXIT_SOCKET_BROKEN: it lies in no region, or too many wait.
+        """
+        address = offset if gpa is None else gpa
+        if vcpu >= MAX_VCPUS:
+            what = f"vCPU {vcpu} is more than KVM has"
+        elif (page := lib.pager_external_fault(self._pager, address, gpa is None, vcpu)) >= 0:
+            return page
+        elif page == EXTERNAL_FULL:
+            what = f"more than {ANSWERS_MAX} faults wait for their answers"
+        else:
+            what = f"vCPU {vcpu} faults at {address:#x}, which no region has"
+        raise HandoffError(Code.EXIT_SOCKET_BROKEN, f"the VMM's forwarded faults cannot be served: {what}")
+
+    def take_answers(self) -> list[Answer]:
+        """What Signal.ANSWERS is about; each accepted fault comes up once."""
+        count = lib.pager_take_answers(self._pager, self._answers, ANSWERS_MAX)
+        return [Answer(a.vcpu, a.page, a.len_bytes, bool(a.zero)) for a in self._answers[0:count]]
+
+    def arm(self, memory: CData) -> None:
+        """Let `memory` (struct guest_memfd) clear bits, beginning with those of the pages that are here."""
+        lib.guest_memfd_arm(memory, ffi.addressof(self._pager, "ledger"))
 
     def drain(self) -> int:
         """Read and answer what the kernel has."""

@@ -157,11 +157,12 @@ PRELOAD = SharedLibrary(
 MODULES = (
     Module(
         "core",
-        headers=("stdbool.h", "crash.h", "pager.h"),
+        headers=("stdbool.h", "crash.h", "pager.h", "edge_guest_memfd.h"),
         sources=(
             "checksum.c",
             "checksum_avx2.c",
             "crash.c",
+            "edge_guest_memfd.c",
             "ledger.c",
             "extents.c",
             "state.c",
