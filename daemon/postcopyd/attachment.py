@@ -13,8 +13,9 @@ import msgspec
 import structlog
 
 from .errors import Code, HandoffError, InvariantError
+from .exit_socket import ExitJournal
 from .handoff.channel import receive_chunk
-from .handoff.message import EXIT_NOTIFY, EXIT_RING, PinnedRange
+from .handoff.message import BITMAP, EXIT_NOTIFY, EXIT_RING, GUEST_MEMFD, PinnedRange
 from .handoff.offer import send_acknowledgement
 from .handoff.regions import MemoryRegion
 from .status import MigrationSpec
@@ -54,6 +55,7 @@ class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
     began_at: seconds since the epoch, as a monotonic clock does not outlive the process.
     kinds: of all the descriptors that belong to it.
     mark: names this state memory, so that an older copy of it is known for what it is.
+    exits: of a VMM that forwards its vCPUs' faults over its socket.
     """
 
     version: Literal[1] = 1
@@ -72,6 +74,7 @@ class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
     keep_state: bool = False
     mark: int = 0
     pinned: tuple[PinnedRange, ...] = ()
+    exits: ExitJournal | None = None
 
     @property
     def memory_bytes(self) -> int:
@@ -106,6 +109,8 @@ class Attachment:
     pidfd: OwnedFd | None
     ring: OwnedFd | None = None
     doorbell: OwnedFd | None = None
+    guest_memfd: OwnedFd | None = None
+    bitmap: OwnedFd | None = None
 
     @classmethod
     def from_handoff(cls, record: SessionRecord, handoff: Handoff) -> Attachment:
@@ -117,6 +122,8 @@ class Attachment:
             handoff.pidfd,
             ring=handoff.extras.get(EXIT_RING),
             doorbell=handoff.extras.get(EXIT_NOTIFY),
+            guest_memfd=handoff.extras.get(GUEST_MEMFD),
+            bitmap=handoff.extras.get(BITMAP),
         )
 
     @classmethod
@@ -125,7 +132,16 @@ class Attachment:
         if SOCKET in fds:
             sock = socket.socket(fileno=fds[SOCKET].take())
             sock.setblocking(False)
-        return cls(record, fds[UFFD], sock, fds.get(PIDFD), ring=fds.get(RING), doorbell=fds.get(DOORBELL))
+        return cls(
+            record,
+            fds[UFFD],
+            sock,
+            fds.get(PIDFD),
+            ring=fds.get(RING),
+            doorbell=fds.get(DOORBELL),
+            guest_memfd=fds.get(GUEST_MEMFD),
+            bitmap=fds.get(BITMAP),
+        )
 
     @property
     def doorbell_fileno(self) -> int | None:
@@ -138,7 +154,13 @@ class Attachment:
         so its wait for an answer.
         """
         held = {UFFD: self.uffd.fileno()}
-        for kind, owned in ((RING, self.ring), (DOORBELL, self.doorbell), (PIDFD, self.pidfd)):
+        for kind, owned in (
+            (RING, self.ring),
+            (DOORBELL, self.doorbell),
+            (GUEST_MEMFD, self.guest_memfd),
+            (BITMAP, self.bitmap),
+            (PIDFD, self.pidfd),
+        ):
             if owned is not None:
                 held[kind] = owned.fileno()
         if self.sock is not None:
@@ -161,6 +183,10 @@ class Attachment:
         # Without a pidfd the former one is being read (wait_gone), which closes it.
         if former is not None and self.pidfd is not None:
             former.close()
+
+    def take_socket(self) -> None:
+        """The socket is somebody else's from now on."""
+        self.sock = None
 
     async def acknowledge(self, descriptors: Sequence[int] = ()) -> None:
         """Tell the VMM that its memory is served whatever becomes of this process. Raises HandoffError."""
@@ -194,7 +220,7 @@ class Attachment:
         """Close all; idempotent. Only after the memory is unregistered, or gone."""
         if self.sock is not None:
             self.sock.close()
-        for owned in (self.uffd, self.pidfd, self.ring, self.doorbell):
+        for owned in (self.uffd, self.pidfd, self.ring, self.doorbell, self.guest_memfd, self.bitmap):
             if owned is not None:
                 owned.close()
 

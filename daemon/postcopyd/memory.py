@@ -12,15 +12,21 @@ import msgspec
 
 from .attachment import STATE, Attachment, Phase, SessionRecord
 from .errors import Code, HandoffError, InvariantError, KernelError
+from .exit_socket import ExitJournal
+from .guest_memfd import GuestMemfd
+from .handoff.descriptors import kind_of
 from .handoff.message import STATE as PRESENTED_STATE
 from .pager import Pager, PagerStats, probe_registered
 from .state_memory import StateMemory
 
 if TYPE_CHECKING:
+    from ._native.core import CData
     from .handoff.offer import Handoff
     from .handoff.regions import MemoryRegion
     from .status import MigrationSpec, MigrationStatus, ThreadBlocktime
     from .transport import ImageInfo
+
+EVENTFD_KIND = "anon_inode:[eventfd]"
 
 
 @dataclass
@@ -30,6 +36,7 @@ class Memory:
     vmm: Attachment
     state: StateMemory
     pager: Pager
+    guest_memfd: GuestMemfd | None = None
     _last: tuple[PagerStats, tuple[ThreadBlocktime, ...]] | None = field(default=None, init=False, repr=False)
 
     @classmethod
@@ -60,7 +67,10 @@ class Memory:
             keep_state=handoff.message.keep_state,
             pinned=handoff.message.pinned,
             mark=secrets.randbits(63) | 1,
+            exits=ExitJournal(unread=handoff.message.leftover) if handoff.message.exit_socket else None,
         )
+        vmm = Attachment.from_handoff(record, handoff)
+        guest_memfd: GuestMemfd | None = None
         if PRESENTED_STATE in handoff.extras:
             state, pager = _presented(handoff, record, mark or 0)
         elif mark is not None:
@@ -70,25 +80,37 @@ class Memory:
                 "memory that came with its acknowledgement",
             )
         else:
-            state, pager = _fresh(handoff, record)
-        memory = cls(Attachment.from_handoff(record, handoff), state, pager)
+            guest_memfd = _guest_memfd(vmm)
+            try:
+                state, pager = _fresh(handoff, record, guest_memfd)
+            except BaseException:
+                if guest_memfd is not None:
+                    guest_memfd.close()
+                raise
+        memory = cls(vmm, state, pager, guest_memfd)
         try:
             memory._attach_exits()
             memory.note(kinds=tuple(memory.descriptors()))
         except BaseException:
-            pager.close()
-            state.close()
+            memory.let_go()
             raise
         return memory
 
     @classmethod
     def adopted(cls, vmm: Attachment, state: StateMemory) -> Memory:
         """Memory that an earlier process of ours left. Raises InvariantError, HandoffError: it cannot be served."""
-        memory = cls(vmm, state, Pager.adopt(state, vmm.uffd.fileno()))
+        guest_memfd = _guest_memfd(vmm)
+        try:
+            pager = Pager.adopt(state, vmm.uffd.fileno(), _edge(guest_memfd))
+        except BaseException:
+            if guest_memfd is not None:
+                guest_memfd.close()
+            raise
+        memory = cls(vmm, state, pager, guest_memfd)
         try:
             memory._attach_exits()
         except BaseException:
-            memory.pager.close()
+            memory._close_pager()
             raise
         return memory
 
@@ -99,10 +121,29 @@ class Memory:
             raise HandoffError(
                 Code.EXIT_RING_BROKEN, "an exit ring and its doorbell come together or not at all"
             )
+        # Anything else may not be pollable, or never be emptied by a read of eight bytes.
+        if doorbell is not None and (kind := kind_of(doorbell)) != EVENTFD_KIND:
+            raise HandoffError(
+                Code.EXIT_RING_BROKEN, f"the exit ring's doorbell is no eventfd but {kind[:40]!a}"
+            )
         if ring is not None:
             self.pager.attach_ring(ring.fileno())
+        if self.record.exits is not None:
+            self.pager.forward_exits()
         for pinned in self.record.pinned:
             self.pager.want(pinned.gpa, pinned.size_bytes)
+
+    def arm(self) -> None:
+        """The VMM has filled its bitmap, if it has one: vCPUs may go where pages are."""
+        if self.guest_memfd is not None:
+            self.guest_memfd.arm(self.pager)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the guest needs nothing more. A bitmap that is not filled yet could not be cleared for good."""
+        exits = self.record.exits
+        is_held = self.guest_memfd is not None and exits is not None and not exits.opened
+        return not is_held and self.pager.is_complete()
 
     @property
     def record(self) -> SessionRecord:
@@ -124,8 +165,13 @@ class Memory:
 
     def let_go(self) -> None:
         """Forget it without a trace: the descriptors stay open, for they are somebody else's."""
-        self.pager.close()
+        self._close_pager()
         self.state.close()
+
+    def _close_pager(self) -> None:
+        self.pager.close()
+        if self.guest_memfd is not None:
+            self.guest_memfd.close()
 
     def status(self, common: MigrationStatus, elapsed_s: float) -> MigrationStatus:
         """`common` with what is known of the memory: as it is now, or as it was at the end."""
@@ -165,17 +211,34 @@ class Memory:
     def close(self) -> None:
         """Close all. Only after the memory is unregistered, or gone."""
         self._last = self.pager.stats(), self.pager.blocktime()
-        self.pager.close()
+        self._close_pager()
         self.vmm.close()
         self.state.close()
 
 
-def _fresh(handoff: Handoff, record: SessionRecord) -> tuple[StateMemory, Pager]:
+def _guest_memfd(vmm: Attachment) -> GuestMemfd | None:
+    """Raises HandoffError: what came with it does not fit. InvariantError: one of two descriptors is lost."""
+    if (vmm.guest_memfd is None) is not (vmm.bitmap is None):
+        raise InvariantError(
+            "of a guest_memfd and its bitmap one was lost; what vCPUs may touch is not known"
+        )
+    if vmm.guest_memfd is None or vmm.bitmap is None:
+        return None
+    return GuestMemfd(vmm.uffd.fileno(), vmm.guest_memfd.fileno(), vmm.bitmap.fileno(), vmm.record.regions)
+
+
+def _edge(guest_memfd: GuestMemfd | None) -> CData | None:
+    return None if guest_memfd is None else guest_memfd.edge
+
+
+def _fresh(
+    handoff: Handoff, record: SessionRecord, guest_memfd: GuestMemfd | None
+) -> tuple[StateMemory, Pager]:
     for region in handoff.regions:
         _check_registered(handoff.uffd.fileno(), region)
     state = StateMemory.fresh(record.spec.id, record.pages)
     try:
-        return state, Pager.create(state, handoff.regions, handoff.uffd.fileno())
+        return state, Pager.create(state, handoff.regions, handoff.uffd.fileno(), _edge(guest_memfd))
     except BaseException:
         state.close()
         raise

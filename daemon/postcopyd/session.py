@@ -20,11 +20,12 @@ from .attachment import SOCKET, STATE, Attachment, Phase
 from .crash import crash_point
 from .demux import Demultiplexer
 from .errors import Code, HandoffError, KernelError, MigrationError, PostcopyError, SourceError
+from .exit_socket import ExitJournal, ExitSocket
 from .fetcher import Fetcher
 from .handoff.descriptors import OwnedFd
 from .installer import Installer
 from .memory import Memory
-from .pager import probe_registered
+from .pager import Signal, probe_registered
 from .status import NEXT_STATES, Limits, MigrationSpec, MigrationStatus, OnLoss, State
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class Session:
         self._memory: Memory | None = None
         self._fetcher: Fetcher | None = None
         self._demux: Demultiplexer | None = None
+        self._exits: ExitSocket | None = None
         self._end: asyncio.Future[State] | None = None
         self._source_in_use = ""
         self._transport = ""
@@ -155,7 +157,8 @@ class Session:
             KernelError: the store does not answer.
         """
         memory = self._memory
-        if memory is None or not self.is_of(handoff):
+        # Faults that were forwarded at the former socket could not be answered at the new one.
+        if memory is None or not self.is_of(handoff) or memory.record.exits is not None:
             raise self._busy()
         await self._store.remove(self.spec.id, [SOCKET])
         sock = handoff.take_socket()
@@ -226,6 +229,7 @@ class Session:
                 fetching = group.create_task(self._fetcher.run(installer))
                 watching = group.create_task(self._watch_vmm())
                 self._demux.start()
+                self._serve_exits(memory)
                 if not memory.record.acknowledged:
                     group.create_task(self._acknowledge())
                 end = await self._until_settled()
@@ -237,9 +241,24 @@ class Session:
             share.leave()
             installer.close()
             self._demux.stop()
+            if self._exits is not None:
+                self._exits.stop()
             self._demux = self._fetcher = None
             if self._end.done():
                 await self._close(memory, self._end.result())
+
+    def _serve_exits(self, memory: Memory) -> None:
+        """Answer the faults that the VMM forwards over its socket, if it does."""
+        record, sock = memory.record, memory.vmm.sock
+        if record.exits is None or sock is None:
+            return
+
+        def note(journal: ExitJournal) -> None:
+            memory.note(exits=journal)
+
+        page_size = min(region.page_size for region in record.regions)
+        self._exits = ExitSocket(sock, memory.pager, self, record.exits, note, len_bytes=page_size)
+        self._exits.start()
 
     async def _acknowledge(self) -> None:
         """Once the store holds everything: the VMM may rely on it. Dying behind it says it twice, which is harmless."""
@@ -290,7 +309,10 @@ class Session:
         """Wait for the process that handed over to end, then for its address space to be gone."""
         assert self._memory is not None
         memory = self._memory
-        await memory.vmm.wait_gone()
+        if self._exits is not None and memory.vmm.pidfd is None:
+            await self._exits.closed.wait()
+        else:
+            await memory.vmm.wait_gone()
         # Who handed over may have been a helper of the VMM: only the kernel knows whether the memory is gone.
         for _ in range(GONE_PROBES):
             try:
@@ -341,20 +363,44 @@ class Session:
             self._fetcher.distrust()
 
     def on_ring_broken(self, error: HandoffError) -> None:
+        self._log.error("exit_ring.broken", code=error.code, error=str(error))
+        self._distrust_vmm(error)
+
+    def on_exits_broken(self, error: HandoffError) -> None:
+        self._log.error("exit_socket.broken", code=error.code, error=str(error))
+        self._distrust_vmm(error)
+
+    def _distrust_vmm(self, error: HandoffError) -> None:
         """Nothing from this VMM can be believed: it is not served on, and its memory stays absent until it ends."""
         self._error = error
-        self._log.error("exit_ring.broken", code=error.code, error=str(error))
         self._broken = True
+        if self._exits is not None:
+            self._exits.stop()
         if self._demux is not None:
             self._demux.stop()
         if self._fetcher is not None:
             self._fetcher.hold_push(True)
         self._enter(State.FAILED)
 
+    def on_answers(self) -> None:
+        if self._exits is not None:
+            self._exits.answer()
+
+    def on_exits_opened(self) -> None:
+        assert self._memory is not None
+        self._memory.arm()
+
+    def dispatch(self, signals: int) -> None:
+        """Act on what forwarded faults asked of the pager."""
+        if self._demux is not None:
+            self._demux.dispatch(signals)
+        elif signals & Signal.ANSWERS:
+            self.on_answers()
+
     def on_progress(self) -> None:
         if self._broken:
             return
-        if self._memory is not None and self._memory.pager.is_complete():
+        if self._memory is not None and self._memory.is_complete:
             self._finish(State.COMPLETE, None)
         self._changed()
 
@@ -459,10 +505,14 @@ class Session:
             except KernelError as error:
                 self._log.warning("kernel.refused", code=error.code, error=str(error))
             crash_point("complete.released")
+            if self._exits is not None:
+                self._exits.settle()
         self._ended = time.monotonic()
         memory.note(phase=Phase.ENDED)
         self._ended_before_store()
         await self._unstore(memory)
+        if self._exits is not None and self._exits.is_settled:
+            memory.vmm.take_socket()
         memory.close()
         self._enter(end)
         self._log.info("migration.ended", state=end, error=str(self._error or ""))
