@@ -32,11 +32,16 @@ struct preload_block {
 	ino_t inode;
 	uint64_t page_size;
 	int uffd; /* -1 before, and when the guest needs it no more */
-	bool handed_over;
 	size_t ranges;
-	struct preload_range range[PRELOAD_RANGES_MAX];
+	struct preload_range range[PRELOAD_RANGES_MAX]; /* as they are now */
 
-	int sock; /* the keeper's */
+	/* From the hand-off on. What was handed over is said again to the next daemon, with the state memory that came with
+	 * the acknowledgement: the moves since are in there. */
+	bool handed_over;
+	size_t told;
+	struct preload_range tell[PRELOAD_RANGES_MAX];
+	int state; /* memfd, -1: none was given */
+	int sock;  /* the keeper's */
 };
 
 struct preload {

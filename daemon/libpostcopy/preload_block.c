@@ -2,7 +2,7 @@
  *
  * Until the hand-off nobody reads the userfaultfd, so an unmapping that the kernel would report must not happen while
  * the range is registered: it would wait for ever. It is unregistered first then. After the hand-off the kernel's
- * events tell the daemon, and the table here is kept for a hand-off to the next one.
+ * events tell the daemon, and the table here only says where the block still is.
  */
 #define _GNU_SOURCE
 #include <errno.h>

@@ -86,7 +86,7 @@ static void add_block(char *ram, char *socket)
 		ram[len - 1] = 0;
 	block->ram = ram;
 	block->socket = socket;
-	block->uffd = block->sock = -1;
+	block->uffd = block->state = block->sock = -1;
 }
 
 void preload_configure(void)

@@ -1,4 +1,5 @@
-/* One hand-off: the framed message with the userfaultfd, and the byte that accepts it. docs/protocol.md. */
+/* One hand-off: the framed message with the userfaultfd, and the byte that accepts it, with which comes the daemon's state
+ * memory. To the next daemon both descriptors are sent, so that it goes on where the last one stopped. docs/protocol.md. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <inttypes.h>
@@ -17,7 +18,7 @@
 
 _Static_assert(PRELOAD_RANGES_MAX * 200 < MESSAGE_BYTES_MAX, "a full table fits a message");
 
-/* Write the message for the block's ranges; its length. Where a byte lies in guest physical memory is not known here:
+/* Write the message for what the block tells; its length. Where a byte lies in guest physical memory is not known here:
  * its place in the file stands for it, which is as unique. */
 static size_t write_message(const struct preload_block *block, char message[MESSAGE_BYTES_MAX])
 {
@@ -27,8 +28,8 @@ static size_t write_message(const struct preload_block *block, char message[MESS
 
 	len = (size_t)snprintf(body, room, "{\"type\":\"handoff\",\"version\":0,\"vmm_pid\":%u,\"mode\":\"MISSING\",\"regions\":[",
 			       (unsigned)getpid());
-	for (size_t i = 0; i < block->ranges; i++) {
-		const struct preload_range *range = &block->range[i];
+	for (size_t i = 0; i < block->told; i++) {
+		const struct preload_range *range = &block->tell[i];
 
 		len += (size_t)snprintf(body + len, room - len,
 					"%s{\"guest_phys_addr\":%" PRIu64 ",\"host_virt_addr\":%" PRIu64 ",\"size\":%" PRIu64
@@ -36,7 +37,8 @@ static size_t write_message(const struct preload_block *block, char message[MESS
 					i ? "," : "", range->offset, range->start, range->len, range->offset,
 					block->page_size);
 	}
-	len += (size_t)snprintf(body + len, room - len, "]}");
+	len += (size_t)snprintf(body + len, room - len, "],\"keep_state\":true,\"descriptors\":[\"uffd\"%s]}",
+				block->state < 0 ? "" : ",\"state\"");
 	length = (uint32_t)len;
 	memcpy(message, &length, LENGTH_BYTES);
 	return LENGTH_BYTES + len;
@@ -58,21 +60,27 @@ static int connect_to(const char *path)
 	return -1;
 }
 
-static bool send_message(int sock, const char *message, size_t len, int uffd)
+union control {
+	char bytes[CMSG_SPACE(2 * sizeof(int))];
+	struct cmsghdr align;
+};
+
+static bool send_message(int sock, const struct preload_block *block, const char *message, size_t len)
 {
-	union {
-		char bytes[CMSG_SPACE(sizeof(int))];
-		struct cmsghdr align;
-	} control = { 0 };
+	int descriptors[] = { block->uffd, block->state };
+	size_t bytes = (block->state < 0 ? 1 : 2) * sizeof(int);
+	union control control = { 0 };
 	struct iovec io = { (char *)message, len };
-	struct msghdr header = { .msg_iov = &io, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control };
+	struct msghdr header = {
+		.msg_iov = &io, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = CMSG_SPACE(bytes)
+	};
 	struct cmsghdr *rights = CMSG_FIRSTHDR(&header);
 	ssize_t sent;
 
 	rights->cmsg_level = SOL_SOCKET;
 	rights->cmsg_type = SCM_RIGHTS;
-	rights->cmsg_len = CMSG_LEN(sizeof(int));
-	memcpy(CMSG_DATA(rights), &uffd, sizeof uffd);
+	rights->cmsg_len = CMSG_LEN(bytes);
+	memcpy(CMSG_DATA(rights), descriptors, bytes);
 	sent = sendmsg(sock, &header, MSG_NOSIGNAL);
 	while (sent >= 0 && (size_t)sent < len) {
 		message += sent;
@@ -82,12 +90,29 @@ static bool send_message(int sock, const char *message, size_t len, int uffd)
 	return sent >= 0;
 }
 
-static bool is_accepted(int sock)
+static void keep_state(struct preload_block *block, struct msghdr *header)
+{
+	struct cmsghdr *rights = CMSG_FIRSTHDR(header);
+
+	if (!rights || rights->cmsg_type != SCM_RIGHTS || rights->cmsg_len != CMSG_LEN(sizeof(int)))
+		return;
+	if (block->state >= 0)
+		close(block->state);
+	memcpy(&block->state, CMSG_DATA(rights), sizeof(int));
+}
+
+static bool is_accepted(int sock, struct preload_block *block)
 {
 	struct pollfd answer = { .fd = sock, .events = POLLIN };
-	char byte;
+	char byte = 0;
+	union control control;
+	struct iovec io = { &byte, 1 };
+	struct msghdr header = { .msg_iov = &io, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control };
 
-	return poll(&answer, 1, ANSWER_TIMEOUT_MS) == 1 && recv(sock, &byte, 1, 0) == 1 && byte == 1;
+	if (poll(&answer, 1, ANSWER_TIMEOUT_MS) != 1 || recvmsg(sock, &header, MSG_CMSG_CLOEXEC) != 1 || byte != 1)
+		return false;
+	keep_state(block, &header);
+	return true;
 }
 
 int handoff(struct preload_block *block)
@@ -99,11 +124,15 @@ int handoff(struct preload_block *block)
 	if (sock < 0)
 		return -1;
 	pthread_mutex_lock(&preload.lock);
-	sent = send_message(sock, message, write_message(block, message), block->uffd);
+	if (!block->handed_over) {
+		block->told = block->ranges;
+		memcpy(block->tell, block->range, sizeof block->tell);
+	}
+	sent = send_message(sock, block, message, write_message(block, message));
 	/* From here on events have a reader. */
 	block->handed_over |= sent;
 	pthread_mutex_unlock(&preload.lock);
-	if (sent && is_accepted(sock)) {
+	if (sent && is_accepted(sock, block)) {
 		block->sock = sock;
 		return 0;
 	}

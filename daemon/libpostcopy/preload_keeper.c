@@ -1,7 +1,8 @@
 /* A thread for each block, which stays until the block's memory is complete.
  *
- * It holds the userfaultfd: were the daemon's the last one, its end would turn absent pages into zeros. When the
- * daemon goes before the memory is complete, guests wait, and the block is handed to the next one that listens.
+ * It holds the userfaultfd, as the end of a daemon that held the last one would turn absent pages into zeros, and the
+ * state memory. When the daemon goes before the memory is complete, the guest waits, and the block is handed to the next
+ * one that listens.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -124,6 +125,9 @@ static void *keep(void *argument)
 	pthread_mutex_lock(&preload.lock);
 	close(block->uffd);
 	block->uffd = -1;
+	if (block->state >= 0)
+		close(block->state);
+	block->state = -1;
 	pthread_mutex_unlock(&preload.lock);
 	return NULL;
 }

@@ -16,7 +16,8 @@ import pytest
 
 import preload_vmm
 from harness import PATIENCE_S, Host, LocalDaemon, content_of, huge_pages, local_daemon
-from postcopyd.demo.processes import Child
+from postcopyd.control.client import ControlClient
+from postcopyd.demo.processes import Child, ReadySocket
 from postcopyd.qemu.preload import library_path
 from postcopyd.source.image import ImageSpec
 from postcopyd.source.options import ServerOptions
@@ -57,6 +58,20 @@ class Bench(Host):
         server = await serve([ImageSpec(id, str(path))], "127.0.0.1:0", ServerOptions())
         self._stack.push_async_callback(server.stop)
         return server.address
+
+    async def daemon_at_home(self) -> Child:
+        """Processes that share a state folder, one after the other, and have no service manager."""
+        home = self.folder / "home"
+        self.control = str(home / "control.sock")
+        self._started += 1
+        folder = self.folder / f"ready{self._started}"
+        folder.mkdir()
+        ready = ReadySocket(folder)
+        self._stack.callback(ready.close)
+        env = {"NOTIFY_SOCKET": str(ready.path), "POSTCOPYD_HTTP": "", "POSTCOPYD_STORE_MAX": "0"}
+        child = await self.spawn("daemon", "postcopyd", "run", "--state-dir", str(home), **env)
+        await ready.wait_ready(child)
+        return child
 
     async def prepare(self, push_rate: int = 0, socket: str = "") -> None:
         await self.postcopyd.manager.prepare(self.spec("vm", self.address, push_rate, socket or self.socket))
@@ -332,6 +347,28 @@ async def test_a_daemon_that_dies_is_replaced_and_nothing_reads_zero() -> None:
         await host.prepare()
         assert await reading == host.expected()
         await complete(host.postcopyd)
+
+
+async def test_a_daemon_that_comes_back_goes_on_where_it_stopped() -> None:
+    async with bench() as host:
+        first = await host.daemon_at_home()
+        async with ControlClient(host.control) as client:
+            await client.prepare("vm", [host.address], socket_path=host.socket, limits=Limits(push_rate=4096))
+        vmm = await host.vmm()
+        await host.map(vmm)
+        # Zeros that the guest made must not be fetched again.
+        dropped = 40 * 4096
+        await vmm.command("discard", skip=0, size=dropped)
+        first.process.kill()
+        await first.process.wait()
+        await host.daemon_at_home()
+        async with ControlClient(host.control) as client:
+            await client.set_limits("vm", Limits())
+            *_, status = [status async for status in client.watch("vm", interval_s=0.01)]
+        assert status.state is State.COMPLETE
+        assert status.pages_removed == 40
+        assert await host.digest(vmm, size=dropped) == hashlib.sha256(bytes(dropped)).hexdigest()
+        assert await host.digest(vmm, skip=dropped, size=SIZE - dropped) == host.expected(dropped)
 
 
 def _until_it_waits(vmm: Child, log: Path) -> None:
