@@ -1,8 +1,8 @@
 """Moves the same guests by QEMU's own post-copy and by postcopyd, on this host: `make demo-qemu`.
 
 The last line of output is one JSON object: medians of down time, total time, faults, block time and mean wait for each
-way, over pairs of both walkers without a limit, and `guest_consistent`. More figures stand in it under `walkers`,
-`limited` and `linux`. Exit status 0 if every guest found its memory right.
+way, over pairs of both walkers without a limit, and `guest_consistent`. The medians of each series stand in it under
+`series`. Exit status 0 if every guest found its memory right.
 
     python bench/qemu_demo.py [--quick] [--accel tcg|kvm] [--pairs N] [--memory SIZE]
 """
@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,14 +29,17 @@ from rich.table import Table
 
 from postcopyd.demo.processes import Child, ReadySocket
 from postcopyd.errors import PostcopyError
+from postcopyd.qemu.guests.linux import make_linux
 from postcopyd.qemu.guests.vm import QEMU as QEMU_PROGRAM
+from postcopyd.qemu.guests.vm import Guest
 from postcopyd.qemu.guests.walker import Order, Walker
-from postcopyd.units import MIB, parse_size
+from postcopyd.units import format_size, parse_size
 from qemu_moves import POSTCOPYD, WAYS, Moved, Mover
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+LINUX_FOLDER = Path(__file__).resolve().parents[1] / "build" / "qemu"
 PACKAGES = ("qemu-system-x86", "binutils")
 LIMIT = 10 * 1000 * 1000
 """Of the background stream where it is limited, bytes a second."""
@@ -78,17 +82,26 @@ async def start_daemon(stack: AsyncExitStack, folder: Path) -> tuple[str, int]:
     return str(state / "control.sock"), daemon.process.pid
 
 
-async def pairs(mover: Mover, guest: Walker, count: int, say: Callable[[str], None], rate: int = 0) -> Moves:
-    """Every way in turn, `count` times, so that the host's moods touch all alike."""
-    moves: Moves = {way: [] for way in WAYS}
-    for number in range(count):
-        for way in WAYS:
-            moved = await mover.move(guest, way, rate)
-            moves[way].append(moved)
-            say(
-                f"{guest.order:10} {number + 1}/{count} {way:13} {moved.total_s:6.2f} s, {moved.faults} faults"
-            )
-    return moves
+@dataclass(frozen=True)
+class Series:
+    """A guest that is moved every way, `count` times in turn, so that the host's moods touch all ways alike."""
+
+    title: str
+    guest: Guest
+    count: int
+    push_rate: int = 0
+
+    async def run(self, mover: Mover, say: Callable[[str], None]) -> Moves:
+        """Raises PostcopyError: it could not be moved."""
+        moves: Moves = {way: [] for way in WAYS}
+        for number in range(self.count):
+            for way in WAYS:
+                moved = await mover.move(self.guest, way, self.push_rate)
+                moves[way].append(moved)
+                say(
+                    f"{self.title}, {number + 1}/{self.count} {way}: {moved.total_s:.2f} s, {moved.faults} faults"
+                )
+        return moves
 
 
 def medians(moved: Sequence[Moved], keys: Sequence[str] = KEYS) -> dict[str, float | None]:
@@ -110,37 +123,56 @@ def show(title: str, moves: Moves) -> None:
     Console(highlight=False, width=100 if not sys.stdout.isatty() else None).print(table, "")
 
 
+def series(options: argparse.Namespace) -> dict[str, Series]:
+    """What is measured, by its key in the result. Raises ConfigError: the Linux guest cannot be had."""
+    size = parse_size(options.memory)
+    made = {
+        order.value: Series(f"{order} walker over {format_size(size)}", Walker(size, order), options.pairs)
+        for order in Order
+    }
+    small = size // 4
+    made["limited"] = Series(
+        f"random walker over {format_size(small)}, background stream limited to 10 MB/s",
+        Walker(small, Order.RANDOM),
+        1,
+        LIMIT,
+    )
+    if not options.no_linux:
+        made["linux"] = Series("Linux that hashes its memory", make_linux(LINUX_FOLDER), 1)
+    return made
+
+
 async def measure(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     """Raises PostcopyError: a guest could not be moved."""
+    wanted = series(options)
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pc-qemu-", dir="/dev/shm")))
         mover = Mover(folder, *await start_daemon(stack, folder), accel=options.accel)
-        size = parse_size(options.memory)
-        walked = {o: await pairs(mover, Walker(size, o), options.pairs, say) for o in Order}
-        limited = await pairs(mover, Walker(size // 4, Order.RANDOM), 1, say, LIMIT)
-    everything: Moves = {way: [move for moves in walked.values() for move in moves[way]] for way in WAYS}
-    for order, moves in walked.items():
-        show(f"{order} walker over {size // MIB} MiB, no limit, medians of {options.pairs}", moves)
-    show(f"random walker over {size // 4 // MIB} MiB, background stream limited to 10 MB/s", limited)
-    moved = [move for moves in (everything, limited) for way in moves.values() for move in way]
+        done = {key: await one.run(mover, say) for key, one in wanted.items()}
+    for key, moves in done.items():
+        show(f"{wanted[key].title}; medians of {wanted[key].count}", moves)
+    unlimited = {way: [move for order in Order for move in done[order.value][way]] for way in WAYS}
+    moved = [move for moves in done.values() for way in moves.values() for move in way]
     return {
-        **{way: medians(everything[way], LAST_LINE_KEYS) for way in WAYS},
+        **{way: medians(unlimited[way], LAST_LINE_KEYS) for way in WAYS},
         "guest_consistent": all(move.wrong_pages == 0 for move in moved),
-        "walkers": {o: {way: medians(moves[way]) for way in WAYS} for o, moves in walked.items()},
-        "limited": {way: medians(limited[way]) for way in WAYS},
+        "series": {key: {way: medians(moves[way]) for way in WAYS} for key, moves in done.items()},
     }
 
 
 def main() -> int:
     """Exit status 0: every guest was moved every way and found its memory right."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--quick", action="store_true", help="one pair over 64 MiB")
+    parser.add_argument("--quick", action="store_true", help="one pair over 64 MiB, no Linux")
+    parser.add_argument(
+        "--no-linux", action="store_true", help="without the Linux guest, which takes a minute"
+    )
     parser.add_argument("--accel", choices=("tcg", "kvm"), default="tcg")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--memory", default="256M", help="what the guests walk over, a power of two")
     options = parser.parse_args()
     if options.quick:
-        options.pairs, options.memory = 1, "64M"
+        options.pairs, options.memory, options.no_linux = 1, "64M", True
     began = time.monotonic()
 
     def say(line: str) -> None:
