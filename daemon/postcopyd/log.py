@@ -16,6 +16,8 @@ import structlog  # noqa: E402 - what is above must come first
 if _modules.get("rich", structlog) is None:
     del _modules["rich"]
 
+from .log_stream import log_stream  # noqa: E402 - likewise
+
 
 def configure(level: str = "info", stream: TextIO | None = None) -> None:
     """Set up structlog and the standard library's root logger; may be called again.
@@ -24,7 +26,7 @@ def configure(level: str = "info", stream: TextIO | None = None) -> None:
         level: "debug", "info", "warning" or "error".
         stream: default: stderr, which systemd hands to the journal.
     """
-    out = stream or sys.stderr
+    out = stream or log_stream(sys.stderr)
     threshold = logging.getLevelNamesMapping()[level.upper()]
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
