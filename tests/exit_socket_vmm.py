@@ -49,14 +49,14 @@ def frame(request: FaultRequest, form: Form = Form.BITCODE) -> bytes:
 
 
 class ExitSocketVmm:
-    """Its end of the socket. `replies` has what came and nobody waited for."""
+    """Its end of the socket. `replies`: what came and nobody waited for; a daemon that died may have said it twice."""
 
     def __init__(self, form: Form = Form.BITCODE) -> None:
         self.form = form
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.setblocking(False)
         self.replies: list[FaultReply] = []
-        self._waiting: dict[int, asyncio.Future[FaultReply]] = {}
+        self._waiting: dict[tuple[object, ...], asyncio.Future[FaultReply]] = {}
         self._reading: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -97,18 +97,11 @@ class ExitSocketVmm:
     async def resolve(self, vcpu: int, page: int) -> FaultReply:
         """Ask for a page and return what came; `vcpu` asks for nothing else meanwhile."""
         request = self.request(vcpu, page)
-        self._waiting[vcpu] = asyncio.get_running_loop().create_future()
+        answered = self._waiting[_key(request)] = asyncio.get_running_loop().create_future()
         await self.send(frame(request, self.form))
         async with asyncio.timeout(PATIENCE_S):
-            reply = await self._waiting[vcpu]
-        assert (reply.vcpu, reply.flags, reply.gpa, reply.token, reply.offset) == (
-            vcpu,
-            USERFAULT,
-            request.gpa,
-            request.token,
-            request.offset,
-        )
-        assert reply.len_bytes == PAGE_SIZE
+            reply = await answered
+        assert (reply.flags, reply.len_bytes) == (USERFAULT, PAGE_SIZE)
         return reply
 
     async def _read(self) -> None:
@@ -117,7 +110,7 @@ class ExitSocketVmm:
             data += chunk
             while (cut := self._cut(data)) is not None:
                 reply, data = cut
-                waiting = self._waiting.pop(reply.vcpu if reply.vcpu is not None else -1, None)
+                waiting = self._waiting.pop(_key(reply), None)
                 if waiting is None:
                     self.replies.append(reply)
                 else:
@@ -134,6 +127,11 @@ class ExitSocketVmm:
         if len(data) < 4 or len(data) < 4 + (length := struct.unpack_from("<I", data)[0]):
             return None
         return decode_reply(data[4 : 4 + length]), data[4 + length :]
+
+
+def _key(message: FaultRequest | FaultReply) -> tuple[object, ...]:
+    """What a reply has of its request."""
+    return message.vcpu, message.gpa, message.offset, message.token
 
 
 class MemfdGuest(LocalGuest):
