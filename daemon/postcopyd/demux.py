@@ -37,7 +37,7 @@ class SignalHandler(Protocol):
 
     def on_distrust(self) -> None: ...
 
-    def on_ring_broken(self, error: HandoffError) -> None: ...
+    def on_exits_broken(self, error: HandoffError) -> None: ...
 
     def on_answers(self) -> None: ...
 
@@ -105,7 +105,7 @@ class Demultiplexer:
         if signals & Signal.DISTRUST:
             self._handler.on_distrust()
         if signals & Signal.RING_BROKEN:
-            self._handler.on_ring_broken(self._pager.ring_failure())
+            self._handler.on_exits_broken(self._pager.ring_failure())
         if signals & Signal.ANSWERS:
             self._handler.on_answers()
         if signals & Signal.SHORT and not self._short:

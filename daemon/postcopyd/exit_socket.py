@@ -21,6 +21,7 @@ from .handoff.firecracker_exits import split_word
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from .memory import Memory
     from .pager import Pager
 
 log = structlog.get_logger(__name__)
@@ -254,3 +255,16 @@ class ExitSocket:
         self.closed.set()
         if self._pager is None:
             self._sock.close()
+
+
+def exits_of(memory: Memory, handler: ExitHandler) -> ExitSocket | None:
+    """What answers the faults that a VMM forwards over its socket, not started; None: it forwards none."""
+    record, sock = memory.record, memory.vmm.sock
+    if record.exits is None or sock is None:
+        return None
+
+    def note(journal: ExitJournal) -> None:
+        memory.note(exits=journal)
+
+    page_size = min(region.page_size for region in record.regions)
+    return ExitSocket(sock, memory.pager, handler, record.exits, note, len_bytes=page_size)

@@ -3,6 +3,8 @@
 A session owns its descriptors (userfaultfd, state memory, the VMM's socket and pidfd) and closes them once, at its
 end. The userfaultfd is closed only when every page is settled and the memory is unregistered, or when the VMM's address
 space is gone: closed earlier, absent pages would read as zero.
+
+Longer than other modules: what a session does about each event stands in one place, so that it can be judged as a whole.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from .attachment import SOCKET, STATE, Attachment, Phase
 from .crash import crash_point
 from .demux import Demultiplexer
 from .errors import Code, HandoffError, KernelError, MigrationError, PostcopyError, SourceError
-from .exit_socket import ExitJournal, ExitSocket
+from .exit_socket import exits_of
 from .fetcher import Fetcher
 from .handoff.descriptors import OwnedFd
 from .installer import Installer
@@ -31,6 +33,7 @@ from .status import NEXT_STATES, Limits, MigrationSpec, MigrationStatus, OnLoss,
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from .exit_socket import ExitSocket
     from .handoff.offer import Handoff
     from .pacing import Shares
     from .state_memory import StateMemory
@@ -229,7 +232,9 @@ class Session:
                 fetching = group.create_task(self._fetcher.run(installer))
                 watching = group.create_task(self._watch_vmm())
                 self._demux.start()
-                self._serve_exits(memory)
+                self._exits = exits_of(memory, self)
+                if self._exits is not None:
+                    self._exits.start()
                 if not memory.record.acknowledged:
                     group.create_task(self._acknowledge())
                 end = await self._until_settled()
@@ -246,19 +251,6 @@ class Session:
             self._demux = self._fetcher = None
             if self._end.done():
                 await self._close(memory, self._end.result())
-
-    def _serve_exits(self, memory: Memory) -> None:
-        """Answer the faults that the VMM forwards over its socket, if it does."""
-        record, sock = memory.record, memory.vmm.sock
-        if record.exits is None or sock is None:
-            return
-
-        def note(journal: ExitJournal) -> None:
-            memory.note(exits=journal)
-
-        page_size = min(region.page_size for region in record.regions)
-        self._exits = ExitSocket(sock, memory.pager, self, record.exits, note, len_bytes=page_size)
-        self._exits.start()
 
     async def _acknowledge(self) -> None:
         """Once the store holds everything: the VMM may rely on it. Dying behind it says it twice, which is harmless."""
@@ -362,16 +354,9 @@ class Session:
         if self._fetcher is not None:
             self._fetcher.distrust()
 
-    def on_ring_broken(self, error: HandoffError) -> None:
-        self._log.error("exit_ring.broken", code=error.code, error=str(error))
-        self._distrust_vmm(error)
-
     def on_exits_broken(self, error: HandoffError) -> None:
-        self._log.error("exit_socket.broken", code=error.code, error=str(error))
-        self._distrust_vmm(error)
-
-    def _distrust_vmm(self, error: HandoffError) -> None:
         """Nothing from this VMM can be believed: it is not served on, and its memory stays absent until it ends."""
+        self._log.error(str(error.code), code=error.code, error=str(error))
         self._error = error
         self._broken = True
         if self._exits is not None:
