@@ -147,7 +147,10 @@ class ScriptedSource:
         self.streams += 1
         try:
             async for message in requests:
-                for asked in pb.PageRequest.FromString(message).ranges:
+                request = pb.PageRequest.FromString(message)
+                if request.HasField("open") and request.open.epoch != self.epoch:
+                    raise EndStream(grpc.StatusCode.FAILED_PRECONDITION)
+                for asked in request.ranges:
                     self.asked.append(asked)
                     await self.script(asked, context.write)
         except EndStream as end:

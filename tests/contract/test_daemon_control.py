@@ -44,12 +44,14 @@ async def source(host: Host) -> str:
     return (await host.page_server(f"vm={image}", f"other={image}", options=("--keep",)))[1]
 
 
-@pytest.fixture(params=TRANSPORTS)
-async def daemon(host: Host, request: pytest.FixtureRequest) -> DaemonProcess:
-    return await host.daemon(request.param)
+@pytest.fixture
+async def daemon(host: Host) -> DaemonProcess:
+    return await host.daemon()
 
 
-async def test_sigterm_waits_for_the_guest_that_needs_the_daemon(daemon: DaemonProcess) -> None:
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_sigterm_waits_for_the_guest_that_needs_the_daemon(host: Host, transport: str) -> None:
+    daemon = await host.daemon(transport)
     async with ScriptedSource(CONTENT) as source, LocalGuest(len(CONTENT)) as guest:
         source.script = source.silent
         prepared = await daemon.client.prepare("vm", [source.address])

@@ -9,16 +9,15 @@ import grpc
 import pytest
 import uvloop
 
-from harness import TRANSPORTS, LocalDaemon, LocalGuest, content_of, local_daemon
+from harness import PATIENCE_S, TRANSPORTS, LocalDaemon, LocalGuest, content_of, local_daemon
 from postcopyd.errors import Code, SourceError
 from postcopyd.status import Limits, State
 from postcopyd.units import PAGE_SIZE
+from postcopyd.v1 import page_source_pb2 as pb
 from scripted_source import EndStream, ScriptedSource, Send
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-
-    from postcopyd.v1 import page_source_pb2 as pb
 
 PAGES = 200
 CONTENT = content_of(PAGES)
@@ -110,14 +109,29 @@ async def test_what_came_before_a_stream_ended_is_not_asked_for_again(
     assert await guest.read_all() == CONTENT
 
 
+async def take_over(
+    daemon: LocalDaemon, guest: LocalGuest, source: ScriptedSource, *others: str
+) -> asyncio.Future[bytes]:
+    """Begin a migration whose source was asked for the page of the returned read, and says nothing."""
+    asked_for = asyncio.Event()
+
+    async def notice(asked: pb.Range, send: Send) -> None:
+        if asked.priority == pb.PRIORITY_DEMAND:
+            asked_for.set()
+
+    source.script = notice
+    prepared = await daemon.prepare("vm", source.address, *others)
+    await guest.hand_off(prepared.socket_path)
+    first = guest.reading()
+    async with asyncio.timeout(PATIENCE_S):
+        await asked_for.wait()
+    return first
+
+
 async def test_a_source_that_comes_back_at_its_address_is_found_again(
     daemon: LocalDaemon, source: ScriptedSource, guest: LocalGuest
 ) -> None:
-    source.script = source.silent
-    prepared = await daemon.prepare("vm", source.address)
-    await guest.hand_off(prepared.socket_path)
-    first = guest.reading()
-    await daemon.until("vm", lambda status: status.waiting == 1)
+    first = await take_over(daemon, guest, source)
     await source.stop()
     await daemon.until_state("vm", State.RECOVERING)
     assert not first.done()
@@ -131,11 +145,7 @@ async def test_a_source_that_comes_back_at_its_address_is_found_again(
 async def test_another_image_at_the_same_address_is_never_installed(
     daemon: LocalDaemon, source: ScriptedSource, guest: LocalGuest, change: str
 ) -> None:
-    source.script = source.silent
-    prepared = await daemon.prepare("vm", source.address)
-    await guest.hand_off(prepared.socket_path)
-    first = guest.reading()
-    await daemon.until("vm", lambda status: status.waiting == 1)
+    first = await take_over(daemon, guest, source)
     await source.stop()
     other = ScriptedSource(content_of(PAGES if change == "epoch" else PAGES * 2, seed=2))
     other.epoch = source.epoch + (change == "epoch")
@@ -155,11 +165,7 @@ async def test_the_second_source_takes_over_when_the_first_goes(
     daemon: LocalDaemon, source: ScriptedSource, guest: LocalGuest
 ) -> None:
     async with ScriptedSource(CONTENT) as second:
-        source.script = source.silent
-        prepared = await daemon.prepare("vm", source.address, second.address)
-        await guest.hand_off(prepared.socket_path)
-        first = guest.reading()
-        await daemon.until("vm", lambda status: status.waiting == 1)
+        first = await take_over(daemon, guest, source, second.address)
         await source.stop()
         assert await first == CONTENT[:PAGE_SIZE]
         done = await daemon.until_state("vm", State.COMPLETE)
