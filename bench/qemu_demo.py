@@ -50,7 +50,7 @@ KEYS = (
     "faults",
     "blocktime_ms",
     "mean_wait_us",
-    "stood_still_ms",
+    "lost_ms",
     "p99_wait_us",
     "cpu_s",
 )

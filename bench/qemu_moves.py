@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import resource
 import time
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from postcopyd.qemu.guests.vm import Guest, GuestVm, VmOptions
 from postcopyd.qemu.migrate import MigrateOptions, QemuMigration
 from postcopyd.qemu.preload import environment
 from postcopyd.qemu.qmp import Machine
+from postcopyd.status import MigrationStatus, State
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -34,15 +34,18 @@ WAYS = (QEMU, PREEMPT, POSTCOPYD)
 
 @dataclass(frozen=True)
 class Moved:
-    """blocktime_ms: of the vCPUs, as each way counts it. stood_still_ms: the same by the kernel's scheduler, which
-    counts alike for all: neither running nor waiting for a processor. p99_wait_us: None where it is not counted.
-    cpu_s: of all processes of both sides from `migrate` to the end, but for the vCPUs' threads."""
+    """What the guest and the host paid.
+
+    blocktime_ms: of the vCPUs, as each way counts it, from when its own thread hears of a fault. lost_ms: from RESUME to
+    the end, how long the vCPUs did not run, by the kernel's scheduler, which counts alike for all. p99_wait_us: None
+    where it is not counted. cpu_s: from `migrate` to the end, of all processes of both sides but the vCPUs' threads.
+    """
 
     downtime_ms: float
     total_s: float
     faults: int
     blocktime_ms: float
-    stood_still_ms: float
+    lost_ms: float
     mean_wait_us: float
     p99_wait_us: float | None
     cpu_s: float
@@ -97,17 +100,17 @@ class Mover:
         limits = {"max-bandwidth": PRECOPY_BANDWIDTH, "max-postcopy-bandwidth": rate}
         await source.execute("migrate-set-parameters", **limits)  # type: ignore[arg-type]
         cpu = Cpu([source_vm.process.pid, destination_vm.process.pid], await _vcpus(source, destination))
-        standing = Standing(await _vcpus(destination))
+        lost = Lost(await _vcpus(destination))
         began = time.monotonic()
         await source.execute("migrate", uri=uri)
         await source.execute("migrate-start-postcopy")
         await source.execute("migrate-set-parameters", **{"max-bandwidth": ANY_BANDWIDTH})
         for machine in (source, destination):
             await machine.until(lambda m: m.migration in ("completed", "failed"), MOVE_TIMEOUT_S, "is done")
-        total_s, cpu_s, stood_still_ms = (
+        total_s, cpu_s, lost_ms = (
             time.monotonic() - began,
             cpu.spent_s(),
-            standing.since_ms(destination),
+            lost.since_ms(destination),
         )
         ram = cast("dict[str, dict[str, int]]", await source.execute("query-migrate"))["ram"]
         blocked = cast("dict[str, list[int]]", await destination.execute("query-migrate"))
@@ -119,7 +122,7 @@ class Mover:
             total_s=total_s,
             faults=faults,
             blocktime_ms=blocktime_ms,
-            stood_still_ms=stood_still_ms,
+            lost_ms=lost_ms,
             mean_wait_us=blocktime_ms * 1000 / max(faults, 1),
             p99_wait_us=None,
             cpu_s=cpu_s,
@@ -148,13 +151,23 @@ class Mover:
             push_rate=rate,
             keep_source=True,
         )
-        async with QemuMigration(options) as migration:
+        ended: list[tuple[float, float]] = []
+
+        def observe(status: MigrationStatus) -> None:
+            if status.state is State.COMPLETE:
+                ended.append((cpu.spent_s(), lost.since_ms(migration.destination)))
+
+        def say(line: str) -> None:
+            if line.startswith("page server"):
+                cpu.add(migration.page_server_pid)
+
+        async with QemuMigration(options, say, observe) as migration:
             plan = await migration.plan()
             vcpus = {*plan.vcpu_tids, *migration.source_vcpu_tids}
             cpu = Cpu([source_vm.process.pid, destination_vm.process.pid, self._daemon_pid], vcpus)
-            standing = Standing(plan.vcpu_tids)
+            lost = Lost(plan.vcpu_tids)
             report = await migration.run(plan)
-            cpu_s, stood_still_ms = cpu.spent_s(), standing.since_ms(migration.destination)
+        cpu_s, lost_ms = ended[-1]
         await self._live_on(destination_vm)
         for path in (here, there):
             await asyncio.to_thread(path.unlink)
@@ -163,7 +176,7 @@ class Mover:
             total_s=report.total_s,
             faults=report.faults,
             blocktime_ms=report.blocktime_ms,
-            stood_still_ms=stood_still_ms,
+            lost_ms=lost_ms,
             mean_wait_us=report.mean_wait_us,
             p99_wait_us=report.p99_wait_us,
             cpu_s=cpu_s,
@@ -187,53 +200,51 @@ def _downtime_ms(source: Machine, destination: Machine) -> float:
     return (destination.resumed_at - source.stopped_at) * 1000
 
 
-class Standing:
-    """How long threads stand still: neither run nor wait for a processor. Source: proc(5), schedstat."""
+class Lost:
+    """How long threads do not run: they wait for a page, or for a processor that others have.
+
+    Waiting for a processor counts because post-copy itself is who takes it away: a fault that is noticed late, as its
+    handler waits for a processor, is no shorter for the guest. Source: proc(5), schedstat.
+    """
 
     def __init__(self, tids: Iterable[int]) -> None:
-        self._before = {tid: self._busy_s(tid) for tid in tids}
+        self._before = {tid: self._ran_s(tid) for tid in tids}
 
     def since_ms(self, machine: Machine) -> float:
         """Of all threads together, since the machine's guest went on."""
         assert machine.resumed_at is not None
         wall_s = time.monotonic() - machine.resumed_at
         return (
-            sum(max(0.0, wall_s - (self._busy_s(tid) - before)) for tid, before in self._before.items())
-            * 1000
+            sum(max(0.0, wall_s - (self._ran_s(tid) - before)) for tid, before in self._before.items()) * 1000
         )
 
     @staticmethod
-    def _busy_s(tid: int) -> float:
-        ran, waited, _ = Path(f"/proc/{tid}/schedstat").read_text().split()
-        return (int(ran) + int(waited)) / 1e9
+    def _ran_s(tid: int) -> float:
+        return int(Path(f"/proc/{tid}/schedstat").read_text().split()[0]) / 1e9
 
 
 class Cpu:
-    """Processor time from now on: of processes but for the threads `without`, of this one, of children that end."""
+    """Processor time from now on: of processes but for the threads `without`, and of this one."""
 
     def __init__(self, pids: Iterable[int], without: Iterable[int]) -> None:
         self._pids, self._without = [*pids, os.getpid()], set(without)
-        self._before, self._children = self._ticks(), self._ended_children()
+        self._before = self._ticks()
+
+    def add(self, pid: int) -> None:
+        """Another process, from now on."""
+        self._before += _ticks_of(Path(f"/proc/{pid}"))
+        self._pids.append(pid)
 
     def spent_s(self) -> float:
-        return (self._ticks() - self._before) / TICKS_PER_S + self._ended_children() - self._children
+        return (self._ticks() - self._before) / TICKS_PER_S
 
     def _ticks(self) -> int:
         """A process's own count has its ended threads too, so the vCPUs' are taken off."""
-        vcpus = [
-            task
-            for pid in self._pids
-            for task in Path(f"/proc/{pid}/task").iterdir()
-            if int(task.name) in self._without
-        ]
+        tasks = [task for pid in self._pids for task in Path(f"/proc/{pid}/task").iterdir()]
+        vcpus = [task for task in tasks if int(task.name) in self._without]
         return sum(_ticks_of(Path(f"/proc/{pid}")) for pid in self._pids) - sum(
             _ticks_of(task) for task in vcpus
         )
-
-    @staticmethod
-    def _ended_children() -> float:
-        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return usage.ru_utime + usage.ru_stime
 
 
 def _ticks_of(task: Path) -> int:

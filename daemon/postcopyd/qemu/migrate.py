@@ -126,6 +126,11 @@ class QemuMigration:
         return self._destination
 
     @property
+    def page_server_pid(self) -> int:
+        """Of the page server that was started here; 0: none."""
+        return 0 if self._server is None else self._server.pid
+
+    @property
     def source_vcpu_tids(self) -> tuple[int, ...]:
         """Threads of the source's vCPUs, once there is a plan."""
         return self._facts.vcpu_tids
