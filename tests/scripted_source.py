@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Self
+from typing import Any, Self
 
 import grpc
 import grpc.aio
@@ -62,7 +62,7 @@ class ScriptedSource:
 
     async def start(self) -> None:
         """Listen; again at the same address after `stop`."""
-        handlers = {
+        handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "Describe": grpc.unary_unary_rpc_method_handler(
                 self._describe, pb.DescribeRequest.FromString, pb.Image.SerializeToString
             ),

@@ -141,7 +141,7 @@ async def test_cancel_with_force_ends_the_vmm(host: Host, daemon: DaemonProcess)
 async def test_watch_ends_with_the_final_state(daemon: DaemonProcess, source: str) -> None:
     prepared = await daemon.client.prepare("vm", [source], limits=SLOW)
     async with LocalGuest(len(CONTENT)) as guest:
-        states = []
+        states: list[State] = []
 
         async def watch() -> None:
             async for status in daemon.client.watch("vm", interval_s=0.01):
