@@ -28,7 +28,7 @@ class FakeManager:
         self.watchers: list[asyncio.Event] = []
         self.watcher_left = asyncio.Event()
 
-    async def prepare(self, spec: MigrationSpec) -> MigrationStatus:
+    async def prepare(self, spec: MigrationSpec, present: bytes = b"") -> MigrationStatus:
         if spec.id in self.statuses:
             raise MigrationError(Code.MIGRATION_EXISTS, f"migration {spec.id} exists")
         self.specs.append(spec)

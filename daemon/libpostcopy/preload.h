@@ -46,7 +46,7 @@ struct preload_block {
 
 struct preload {
 	bool wait;    /* POSTCOPYD_WAIT: hand over when the socket appears, instead of at once */
-	bool present; /* POSTCOPYD_PRESENT: the RAM file may hold pages already */
+	char *present; /* POSTCOPYD_PRESENT: bitmap of the pages that the RAM file holds already, or NULL */
 	_Atomic pid_t owner; /* who mapped the first block; a forked child has this table, but not the memory. 0: nobody */
 	size_t blocks;
 	struct preload_block block[PRELOAD_BLOCKS_MAX];
@@ -61,6 +61,8 @@ void preload_say(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 /* Fill `preload` from POSTCOPYD_RAM and POSTCOPYD_SOCKET; without them it stays empty. */
 void preload_configure(void);
+/* Empty `fd`, the block's file of `size` bytes, but for the pages that `preload.present` names. */
+void present_keep(const struct preload_block *block, int fd, uint64_t size);
 /* The block whose file `fd` is, or NULL. */
 struct preload_block *preload_match(int fd);
 

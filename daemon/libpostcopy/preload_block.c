@@ -65,10 +65,12 @@ static void open_block(struct preload_block *block, int fd, const struct stat *f
 			     block->ram);
 	/* What is there already never faults: unless someone vouches for it, it is an older guest's memory. */
 	if (file->st_blocks && !preload.present)
-		preload_fail("%s holds data already; remove it first, or set POSTCOPYD_PRESENT=1 if `prepare --present` "
-			     "says which pages are good",
+		preload_fail("%s holds data already; remove it first, or name in POSTCOPYD_PRESENT the bitmap of the pages "
+			     "that are good, which `postcopyd prepare --present` gets too",
 			     block->ram);
 	block->page_size = (uint64_t)fs.f_bsize;
+	if (preload.present)
+		present_keep(block, fd, (uint64_t)file->st_size);
 	block->device = file->st_dev;
 	block->inode = file->st_ino;
 	block->mapped = true;

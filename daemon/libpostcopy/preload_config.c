@@ -14,6 +14,7 @@
 
 #define RAM_VARIABLE "POSTCOPYD_RAM"
 #define SOCKET_VARIABLE "POSTCOPYD_SOCKET"
+#define PRESENT_VARIABLE "POSTCOPYD_PRESENT"
 #define LINE_BYTES 512
 
 struct preload preload = { .lock = PTHREAD_MUTEX_INITIALIZER };
@@ -112,7 +113,9 @@ void preload_configure(void)
 	for (size_t i = 0; i < count; i++)
 		add_block(ram[i], socket[i]);
 	preload.wait = is_set("POSTCOPYD_WAIT");
-	preload.present = is_set("POSTCOPYD_PRESENT");
+	preload.present = is_set(PRESENT_VARIABLE) ? strdup(getenv(PRESENT_VARIABLE)) : NULL;
+	if (preload.present && preload.blocks > 1)
+		preload_fail("%s goes with one file in %s", PRESENT_VARIABLE, RAM_VARIABLE);
 }
 
 struct preload_block *preload_match(int fd)

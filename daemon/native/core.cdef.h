@@ -80,6 +80,7 @@ int pager_feed(void *context, const uint8_t *message, size_t len);
 unsigned pager_retry(struct pager *pager);
 unsigned pager_mark_zero(struct pager *pager, uint64_t offset, uint64_t len_bytes);
 void pager_mark_present(struct pager *pager, uint64_t offset, uint64_t len_bytes);
+void pager_mark_present_bitmap(struct pager *pager, const uint8_t *bitmap, uint64_t len_bytes);
 unsigned pager_take_signals(struct pager *pager);
 size_t pager_encode_demand(struct pager *pager, uint8_t *out, size_t capacity);
 size_t pager_encode_bulk(struct pager *pager, uint64_t want_bytes, uint64_t run_bytes, uint8_t *out, size_t capacity,

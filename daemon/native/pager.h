@@ -138,6 +138,9 @@ unsigned pager_mark_zero(struct pager *pager, uint64_t offset, uint64_t len_byte
 
 /* [offset, offset + len) of the image is in place already (pre-copied before the switch-over). */
 void pager_mark_present(struct pager *pager, uint64_t offset, uint64_t len_bytes);
+/* The same for every 4 KiB page of the image whose bit is set: bit n % 8 of byte n / 8. What lies behind `len_bytes` of bitmap
+ * is not in place. */
+void pager_mark_present_bitmap(struct pager *pager, const uint8_t *bitmap, uint64_t len_bytes);
 
 /* Signals raised since they were last taken, by any call. */
 unsigned pager_take_signals(struct pager *pager);

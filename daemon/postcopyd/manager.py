@@ -31,6 +31,7 @@ from .prepared import PreparedRecord, PreparedStore
 from .session import Session
 from .status import Limits, MigrationSpec, MigrationStatus, State
 from .store import stored_name
+from .units import PAGE_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -110,22 +111,27 @@ class Manager:
 
     # -- control.api.MigrationManager
 
-    async def prepare(self, spec: MigrationSpec) -> MigrationStatus:
+    async def prepare(self, spec: MigrationSpec, present: bytes = b"") -> MigrationStatus:
         """Describe the image at its source, then listen for the VMM.
+
+        Args:
+            present: a bit for each 4 KiB page of the image that the VMM has already.
 
         Raises:
             MigrationError: MIGRATION_EXISTS. SourceError: no source describes the image as asked.
-            ConfigError: the socket cannot be made.
+            ConfigError: the socket cannot be made, or `present` is not of this image.
         """
         self._check_room(spec.id)
         self._preparing.add(spec.id)
         try:
             image = await self._describe(spec)
+            _check_present(present, image)
             path = spec.socket_path or str(Path(self._config.state_dir) / "vmm" / f"{spec.id}.sock")
-            entry = self._enter(spec, image, path)
+            entry = self._enter(spec, image, path, present=present)
             try:
                 self._listen(entry)
-                self._prepared.save(PreparedRecord(spec=spec, image=image, socket_path=path))
+                record = PreparedRecord(spec=spec, image=image, socket_path=path, present=present)
+                self._prepared.save(record)
             except PostcopyError:
                 del self._entries[spec.id]
                 await self._close_listener(entry)
@@ -220,7 +226,8 @@ class Manager:
             log.error("prepared.not_again", migration=id, detail="the store holds a session of this id")
             return
         # A daemon without a store served it: only its VMM knows how far that got.
-        entry = self._enter(record.spec, record.image, record.socket_path, mark=record.mark or None)
+        mark = record.mark or None
+        entry = self._enter(record.spec, record.image, record.socket_path, mark=mark, present=record.present)
         entry.expected_pid = record.vmm_pid
         self._listen_again(entry)
         log.info(
@@ -344,7 +351,15 @@ class Manager:
                 await transport.close()
         raise last or SourceError(Code.SOURCE_UNREACHABLE, f"migration {spec.id!r} names no page source")
 
-    def _enter(self, spec: MigrationSpec, image: ImageInfo, path: str, mark: int | None = None) -> Entry:
+    def _enter(
+        self,
+        spec: MigrationSpec,
+        image: ImageInfo,
+        path: str,
+        *,
+        mark: int | None = None,
+        present: bytes = b"",
+    ) -> Entry:
         session = Session(
             spec,
             image,
@@ -355,6 +370,7 @@ class Manager:
             shares=self._shares,
             ended=lambda: self._prepared.remove(spec.id),
             mark=mark,
+            present=present,
         )
         entry = Entry(session, path)
         self._entries.pop(spec.id, None)
@@ -492,3 +508,14 @@ class Manager:
 
 def _is_attached(state: State) -> bool:
     return not state.is_final and state is not State.PREPARED
+
+
+def _check_present(bitmap: bytes, image: ImageInfo) -> None:
+    """Raises ConfigError: the bitmap has pages that the image does not have, so it is another guest's."""
+    pages = image.size_bytes // PAGE_SIZE
+    beyond = int.from_bytes(bitmap[pages // 8 : pages // 8 + 1], "little") >> pages % 8
+    if beyond or bitmap[pages // 8 + 1 :].strip(b"\0"):
+        raise ConfigError(
+            Code.ARGUMENT_INVALID,
+            f"the pages given as present reach beyond the {pages} pages of image {image.image_id!r}",
+        )

@@ -41,12 +41,19 @@ class Memory:
 
     @classmethod
     def of_handoff(
-        cls, handoff: Handoff, spec: MigrationSpec, image: ImageInfo, socket_path: str, mark: int | None
+        cls,
+        handoff: Handoff,
+        spec: MigrationSpec,
+        image: ImageInfo,
+        socket_path: str,
+        mark: int | None,
+        present: bytes = b"",
     ) -> Memory:
         """Memory that a VMM hands over: fresh, or with the state that an earlier daemon left with it.
 
         Args:
             mark: of the state that must be presented; 0: whichever is; None: none needs to be.
+            present: a bit for each 4 KiB page of the image that fresh memory has already.
         Raises:
             HandoffError, KernelError: it cannot be served. OSError: no memory or descriptor. `handoff` stays the
                 caller's then, and nothing of it is kept.
@@ -83,6 +90,7 @@ class Memory:
             guest_memfd = _guest_memfd(vmm)
             try:
                 state, pager = _fresh(handoff, record, guest_memfd)
+                pager.mark_present_pages(present)
             except BaseException:
                 if guest_memfd is not None:
                     guest_memfd.close()

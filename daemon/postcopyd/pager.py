@@ -268,6 +268,10 @@ class Pager:
     def mark_present(self, offset: int, len_bytes: int) -> None:
         lib.pager_mark_present(self._pager, offset, len_bytes)
 
+    def mark_present_pages(self, bitmap: bytes) -> None:
+        """The 4 KiB pages of the image whose bits are set are in place: bit n % 8 of byte n // 8."""
+        lib.pager_mark_present_bitmap(self._pager, ffi.from_buffer(bitmap), len(bitmap))
+
     def encode_demand(self) -> bytes:
         """Ranges of the pages that threads wait for, as the body of a PageRequest; empty if there are none."""
         n = lib.pager_encode_demand(self._pager, self._out, REQUEST_BYTES)

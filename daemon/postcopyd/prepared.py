@@ -25,13 +25,17 @@ log = structlog.get_logger(__name__)
 
 
 class PreparedRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """mark, vmm_pid: of the state memory that a VMM was given; 0: none handed over yet."""
+    """mark, vmm_pid: of the state memory that a VMM was given; 0: none handed over yet.
+
+    present: a bitmap of the 4 KiB pages that the VMM has already; of no use once it handed over.
+    """
 
     spec: MigrationSpec
     image: ImageInfo
     socket_path: str
     mark: int = 0
     vmm_pid: int = 0
+    present: bytes = b""
 
 
 class PreparedStore:

@@ -54,6 +54,7 @@ class Session:
         spec: as prepared; `image` is what its source described.
         changed: called whenever the status may have changed; must be quick.
         ended: called when the guest needs nothing more, or is gone, before the store forgets the session.
+        present: a bit for each 4 KiB page of the image that the VMM has already.
         mark: of the state memory that a VMM must present, if an earlier daemon served it; see Memory.of_handoff.
     """
 
@@ -69,6 +70,7 @@ class Session:
         store: DescriptorStore,
         shares: Shares,
         mark: int | None = None,
+        present: bytes = b"",
     ) -> None:
         self.spec = spec
         self.image = image
@@ -76,6 +78,7 @@ class Session:
         self._changed = changed
         self._ended_before_store = ended
         self._mark = mark
+        self._present = present
         self._silent_after_s = silent_after_s
         self._store = store
         self._shares = shares
@@ -139,7 +142,7 @@ class Session:
         """
         if not self.is_vacant:
             raise self._busy()
-        memory = Memory.of_handoff(handoff, self.spec, self.image, socket_path, self._mark)
+        memory = Memory.of_handoff(handoff, self.spec, self.image, socket_path, self._mark, self._present)
         crash_point("handoff.before_store")
         self._memory = memory
         try:

@@ -18,6 +18,7 @@ import preload_vmm
 from harness import PATIENCE_S, Host, LocalDaemon, content_of, huge_pages, local_daemon
 from postcopyd.control.client import ControlClient
 from postcopyd.demo.processes import Child, ReadySocket
+from postcopyd.errors import ConfigError
 from postcopyd.qemu.preload import library_path
 from postcopyd.source.image import ImageSpec
 from postcopyd.source.options import ServerOptions
@@ -73,8 +74,9 @@ class Bench(Host):
         await ready.wait_ready(child)
         return child
 
-    async def prepare(self, push_rate: int = 0, socket: str = "") -> None:
-        await self.postcopyd.manager.prepare(self.spec("vm", self.address, push_rate, socket or self.socket))
+    async def prepare(self, push_rate: int = 0, socket: str = "", present: bytes = b"") -> None:
+        spec = self.spec("vm", self.address, push_rate, socket or self.socket)
+        await self.postcopyd.manager.prepare(spec, present)
 
     @staticmethod
     def spec(id: str, address: str, push_rate: int, socket: str) -> MigrationSpec:
@@ -212,6 +214,43 @@ async def test_a_file_with_an_older_guests_memory_is_refused() -> None:
             file.seek(3 * 4096)
             file.write(b"old")
         assert "holds data already" in await host.ended(await host.vmm())
+
+
+async def test_pages_copied_beforehand_are_kept_and_not_fetched_and_old_ones_are_replaced() -> None:
+    async with bench() as host:
+        good = range(64, 128)
+        bitmap = b"".join(b"\xff" if page in good else b"\0" for page in range(0, PAGES, 8))
+        (host.folder / "bitmap").write_bytes(bitmap)
+        with host.ram.open("r+b") as file:
+            file.write(b"old" * (SIZE // 3))
+            file.seek(good.start * 4096)
+            file.write(host.content[good.start * 4096 : good.stop * 4096])
+        await host.prepare(present=bitmap)
+        vmm = await host.vmm(POSTCOPYD_PRESENT=str(host.folder / "bitmap"))
+        await host.map(vmm)
+        assert await host.digest(vmm) == host.expected()
+        await complete(host.postcopyd)
+        status = host.postcopyd.manager.get("vm")
+        assert status.pages_total == PAGES
+        # Holes of the source are marked and not fetched: there is none, as every page was written.
+        assert status.pages_demand + status.pages_pushed + status.pages_zero == PAGES - len(good)
+
+
+async def test_a_guest_that_has_every_page_already_completes_at_once() -> None:
+    async with bench() as host:
+        (host.folder / "bitmap").write_bytes(b"\xff" * (PAGES // 8))
+        host.ram.write_bytes(host.content)
+        await host.prepare(present=b"\xff" * (PAGES // 8))
+        vmm = await host.vmm(POSTCOPYD_PRESENT=str(host.folder / "bitmap"))
+        await host.map(vmm)
+        await complete(host.postcopyd)
+        assert await host.digest(vmm) == host.expected()
+
+
+async def test_a_bitmap_of_another_guest_is_refused() -> None:
+    async with bench() as host:
+        with pytest.raises(ConfigError, match="beyond"):
+            await host.prepare(present=bytes(PAGES // 8) + b"\1")
 
 
 async def test_a_file_on_a_disk_is_refused(tmp_path: Path) -> None:

@@ -150,6 +150,7 @@ PRELOAD = SharedLibrary(
         "preload_config.c",
         "preload_handoff.c",
         "preload_keeper.c",
+        "preload_present.c",
         "../native/uffd.c",
     ),
 )
@@ -175,6 +176,7 @@ MODULES = (
             "pager_install.c",
             "pager_request.c",
             "pager_exits.c",
+            "pager_present.c",
             "exit_ring.c",
             "exit_ring_map.c",
         ),

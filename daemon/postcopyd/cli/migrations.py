@@ -48,6 +48,7 @@ Result = TypeVar("Result")
     "--on-loss", type=click.Choice([policy.value for policy in OnLoss]), default=OnLoss.HOLD.value,
     show_default=True, help="What becomes of the guest then.",
 )  # fmt: skip
+@options.present_option
 @options.json_option
 def prepare(
     id: str,
@@ -58,6 +59,7 @@ def prepare(
     epoch: int | None,
     retry_for: float,
     on_loss: str,
+    present: bytes,
     as_json: bool,
 ) -> None:
     """Make a migration and print the path of the socket for its VMM.
@@ -75,6 +77,7 @@ def prepare(
             epoch=epoch,
             retry_for_s=retry_for,
             on_loss=OnLoss(on_loss),
+            present=present,
         ),
     )
     _print(status, as_json, lambda: click.echo(status.socket_path))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import click
@@ -13,6 +15,9 @@ from postcopyd.units import parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+MAX_BITMAP_BYTES = 32 << 20
+"""A guest of 1 TiB."""
 
 Command = TypeVar("Command", bound="Callable[..., None]")
 
@@ -32,6 +37,30 @@ def control_option(command: Command) -> Command:
 
 def json_option(command: Command) -> Command:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
+
+
+def present_option(command: Command) -> Command:
+    return click.option(
+        "--present",
+        metavar="FILE",
+        callback=lambda ctx, param, value: _bitmap(value) if value else b"",
+        help="Bitmap of the 4 KiB pages that the VMM has already, copied beforehand: they are not fetched.",
+    )(command)
+
+
+def _bitmap(path: str) -> bytes:
+    try:
+        size = os.stat(path).st_size
+        if size > MAX_BITMAP_BYTES:
+            raise ConfigError(
+                Code.ARGUMENT_INVALID,
+                f"--present {path} has {size} bytes; a bitmap has {MAX_BITMAP_BYTES} at most",
+            )
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            Code.ARGUMENT_INVALID, f"--present {path} cannot be read: {error.strerror}"
+        ) from error
 
 
 def endpoints(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:

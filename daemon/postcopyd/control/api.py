@@ -14,8 +14,11 @@ if TYPE_CHECKING:
 class MigrationManager(Protocol):
     """The migrations of one daemon, by id. A status is a snapshot; making one only reads counters."""
 
-    async def prepare(self, spec: MigrationSpec) -> MigrationStatus:
-        """Make a migration and listen for its VMM. Raises MigrationError, ConfigError."""
+    async def prepare(self, spec: MigrationSpec, present: bytes = b"") -> MigrationStatus:
+        """Make a migration and listen for its VMM; `present`: a bitmap of the 4 KiB pages that the VMM has already.
+
+        Raises MigrationError, ConfigError, SourceError.
+        """
 
     def get(self, id: str) -> MigrationStatus:
         """Raises MigrationError(MIGRATION_UNKNOWN)."""

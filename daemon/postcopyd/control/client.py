@@ -51,13 +51,14 @@ class ControlClient:
         epoch: int | None = None,
         retry_for_s: float = 0.0,
         on_loss: OnLoss = OnLoss.HOLD,
+        present: bytes = b"",
     ) -> MigrationStatus:
-        """Make a migration; `limits` None: the daemon's defaults."""
+        """Make a migration; `limits` None: the daemon's defaults. present: a bitmap of pages not to be fetched."""
         spec = MigrationSpec(
             id, tuple(sources), socket_path, epoch=epoch, retry_for_s=retry_for_s, on_loss=on_loss
         )
         return await self._migration(
-            self._stub.Prepare(convert.spec_to_pb(spec, limits), timeout=self._timeout_s)
+            self._stub.Prepare(convert.spec_to_pb(spec, limits, present), timeout=self._timeout_s)
         )
 
     async def drain(self) -> list[MigrationStatus]:

@@ -62,7 +62,7 @@ def limits_from_pb(message: pb.Limits) -> Limits:
     return Limits(push_rate=message.push_rate, weight=weight)
 
 
-def spec_to_pb(spec: MigrationSpec, limits: Limits | None) -> pb.PrepareRequest:
+def spec_to_pb(spec: MigrationSpec, limits: Limits | None, present: bytes = b"") -> pb.PrepareRequest:
     """`limits` None: the daemon's defaults, whatever `spec` says."""
     return pb.PrepareRequest(
         id=spec.id,
@@ -72,6 +72,7 @@ def spec_to_pb(spec: MigrationSpec, limits: Limits | None) -> pb.PrepareRequest:
         epoch=spec.epoch,
         retry_for_s=spec.retry_for_s,
         on_loss=_ON_LOSS_TO_PB[spec.on_loss],
+        present=present,
     )
 
 

@@ -31,7 +31,8 @@ log = structlog.get_logger(__name__)
 SERVICE = pb.DESCRIPTOR.services_by_name["Control"].full_name
 SOCKET_MODE = 0o660
 MAX_CALLS = 256
-MAX_REQUEST_BYTES = 64 << 10
+MAX_REQUEST_BYTES = (32 << 20) + (64 << 10)
+"""`prepare` may bring a bit for each 4 KiB page of a guest of 1 TiB."""
 STOP_GRACE_S = 1.0
 
 

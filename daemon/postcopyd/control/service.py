@@ -35,7 +35,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
     async def Prepare(self, request: pb.PrepareRequest, context: rpc_errors.Context) -> pb.Migration:
         try:
             spec = convert.spec_from_pb(request, self._default_limits)
-            return convert.status_to_pb(await self._manager.prepare(spec))
+            return convert.status_to_pb(await self._manager.prepare(spec, request.present))
         except PostcopyError as error:
             await rpc_errors.abort(context, error)
 

@@ -54,6 +54,7 @@ def preload() -> None:
     callback=options.size,
     help="Background push, bytes a second; 0: unlimited.",
 )
+@options.present_option
 @click.option("--keep-source", is_flag=True, help="Leave the source paused at the end, instead of ending it.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, change nothing.")
 @options.control_option
@@ -65,6 +66,7 @@ def migrate(
     sources: tuple[str, ...],
     state_uri: str,
     push_rate: int | None,
+    present: bytes,
     keep_source: bool,
     dry_run: bool,
     control: str,
@@ -81,6 +83,7 @@ def migrate(
         sources=sources,
         state_uri=state_uri,
         push_rate=push_rate,
+        present=present,
         keep_source=keep_source,
     )
     done = asyncio.run(_migrate(wanted, dry_run=dry_run, as_json=as_json))

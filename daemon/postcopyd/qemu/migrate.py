@@ -51,9 +51,11 @@ ENDED = ("completed", "failed", "cancelled")
 
 
 class MigrateOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """sources: page servers that serve the source's RAM already; empty: one is started here.
+    """How a guest is moved.
 
-    state_uri: where the device state goes, as QEMU's `migrate` takes it; empty: a UNIX socket of ours.
+    sources: page servers that serve the source's RAM already; empty: one is started here. state_uri: where the device
+    state goes, as QEMU's `migrate` takes it; empty: a UNIX socket of ours. present: a bit for each 4 KiB page that the
+    destination has already.
     """
 
     source_qmp: str
@@ -63,6 +65,7 @@ class MigrateOptions(msgspec.Struct, frozen=True, kw_only=True):
     sources: tuple[str, ...] = ()
     state_uri: str = ""
     push_rate: int | None = None
+    present: bytes = b""
     keep_source: bool = False
 
 
@@ -119,6 +122,8 @@ class QemuMigration:
                 "the source QEMU is on another host: name its page server with --source, and with --state-uri where its "
                 "device state arrives here, as tcp:10.0.0.2:4444",
             )
+        if self._options.present and len(plan.blocks) > 1:
+            raise ConfigError(Code.ARGUMENT_INVALID, "--present goes with a guest whose RAM is one file")
         return plan
 
     @property
@@ -168,7 +173,9 @@ class QemuMigration:
         limits = None if o.push_rate is None else Limits(push_rate=o.push_rate)
         self._sockets: dict[str, str] = {}
         for block in plan.blocks:
-            status = await self._client.prepare(block.migration, sources, limits=limits, epoch=epoch)
+            status = await self._client.prepare(
+                block.migration, sources, limits=limits, epoch=epoch, present=o.present
+            )
             self._prepared.append(block.migration)
             self._sockets[block.migration] = status.socket_path
 
