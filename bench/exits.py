@@ -26,7 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 from images import DATA, write_image
+from postcopyd.demo.processes import Child
 from postcopyd.errors import PostcopyError
+from postcopyd.status import State
 from programs import BUILD, CFLAGS, ROOT, SOURCES, BenchError, Percentiles
 from rig import IDLE, Rig, Variant, image_folder, pages_of
 
@@ -37,6 +39,9 @@ VCPUS = (1, 2, 4, 8, 16, 32, 64)
 RUN_TIMEOUT_S = 120.0
 IMAGE = "exits"
 IMAGE_MIB = 16
+GUEST = "guest"
+GUEST_SHAPE = ("--memory", "16M", "--vcpus", "4", "--order", "random")
+PAUSES = 9
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -175,25 +180,80 @@ async def measure_network(plan: Plan, variant: Variant, vcpus: int, overlap: boo
     return Rounds(found["uffd"], found["exits"])
 
 
-async def measure(plan: Plan, say: Callable[[str], None]) -> dict[str, dict[str, dict[str, float]]]:
-    """Figures by scenario and number of vCPUs. Raises BenchError, PostcopyError."""
-    result: dict[str, dict[str, dict[str, float]]] = {}
+async def _make_guest(folder: Path) -> tuple[Path, Path]:
+    """Run a guest for a while; return the files of its memory and of its registers."""
+    ram, registers = folder / GUEST, folder / "registers.json"
+    vmm = await Child.start("source", folder, "postcopyd.vmm", "source", *GUEST_SHAPE, "--ram", str(ram))
+    try:
+        await vmm.line()
+        await vmm.command("start")
+        await vmm.command("wait", steps=500, timeout_s=RUN_TIMEOUT_S)
+        await vmm.command("pause")
+        await vmm.command("save", path=str(registers))
+    finally:
+        await vmm.end()
+    return ram, registers
+
+
+async def measure_pause(variant: Variant, folder: Path, registers: Path) -> dict[str, float]:
+    """How long a guest takes to pause whose vCPUs all wait for pages of a source that stands still, milliseconds."""
+    path = await variant.prepare(GUEST, IDLE)
+    vmm = await Child.start(
+        *("destination", folder, "postcopyd.vmm", "destination", *GUEST_SHAPE),
+        *("--faults", "exits", "--socket", path),
+    )
+    took_ms = []
+    try:
+        await vmm.line()
+        await vmm.command("load", path=str(registers))
+        await variant.until_state(GUEST, State.RUNNING, 0.01)
+        with variant.source_stopped():
+            await vmm.command("start")
+            # Every vCPU, and the device.
+            await variant.until(GUEST, lambda status: status.exits >= 4 and status.waiting >= 5, 0.01)
+            for _ in range(PAUSES):
+                # Back to sleep, all of them.
+                await asyncio.sleep(0.02)
+                began = time.monotonic()
+                await vmm.command("pause")
+                took_ms.append((time.monotonic() - began) * 1000)
+                await vmm.command("start")
+    finally:
+        await vmm.end()
+    return {"median_ms": round(_median(took_ms), 1), "max_ms": round(max(took_ms), 1)}
+
+
+class Result(msgspec.Struct, frozen=True):
+    """Figures by number of vCPUs, for each scenario; pause: of a guest whose source stands still."""
+
+    vcpus: dict[str, dict[str, float]]
+    overlap: dict[str, dict[str, float]]
+    network: dict[str, dict[str, float]]
+    network_overlap: dict[str, dict[str, float]]
+    pause: dict[str, float]
+
+
+async def measure(plan: Plan, say: Callable[[str], None]) -> Result:
+    """Raises BenchError, PostcopyError."""
+    assert plan.network_pages <= pages_of(IMAGE_MIB)
+    found: dict[str, dict[str, dict[str, float]]] = {}
     for name, overlap in (("vcpus", False), ("overlap", True)):
-        result[name] = {str(n): (await measure_local(plan, n, overlap)).figures() for n in VCPUS}
+        found[name] = {str(n): (await measure_local(plan, n, overlap)).figures() for n in VCPUS}
         say(f"{name}: done")
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(image_folder()))
         image = folder / IMAGE
         await asyncio.to_thread(write_image, image, IMAGE_MIB << 20, DATA)
-        assert plan.network_pages <= pages_of(IMAGE_MIB)
-        rig = await Rig({IMAGE: (image, DATA)}, folder, stack).start(["native"])
+        ram, registers = await _make_guest(folder)
+        rig = await Rig({IMAGE: (image, DATA), GUEST: (ram, DATA)}, folder, stack).start(["native"])
+        variant = rig.variants["native"]
+        pause = await measure_pause(variant, folder, registers)
         for name, overlap in (("network", False), ("network_overlap", True)):
-            variant = rig.variants["native"]
-            result[name] = {
+            found[name] = {
                 str(n): (await measure_network(plan, variant, n, overlap)).figures() for n in VCPUS
             }
             say(f"{name}: done")
-    return result
+    return Result(**found, pause=pause)
 
 
 TITLES = {
@@ -204,7 +264,7 @@ TITLES = {
 }
 
 
-def show(result: dict[str, dict[str, dict[str, float]]]) -> None:
+def show(result: Result) -> None:
     """Print a table for each scenario. CPU is that of the guest's process, and locally of who answers too."""
     console = Console(highlight=False, width=110 if not sys.stdout.isatty() else None)
     header = (
@@ -222,7 +282,7 @@ def show(result: dict[str, dict[str, dict[str, float]]]) -> None:
         table = Table(title=title, title_justify="left", box=None)
         for column in header:
             table.add_column(column, justify="right")
-        for vcpus, f in result[name].items():
+        for vcpus, f in getattr(result, name).items():
             table.add_row(
                 vcpus,
                 f"{f['uffd_pages_s']:.0f}",
@@ -235,6 +295,11 @@ def show(result: dict[str, dict[str, dict[str, float]]]) -> None:
                 f"{f['exit_us']:.0f}" if "exit_us" in f else "",
             )
         console.print(table, "")
+    pause = result.pause
+    console.print(
+        f"Pause of a guest that waits for a source that stands still: {pause['median_ms']} ms,", end=" "
+    )
+    console.print(f"at most {pause['max_ms']} ms\n")
 
 
 def main() -> int:
@@ -253,7 +318,7 @@ def main() -> int:
         print(f"bench-exits: error: {error or type(error).__name__}", file=sys.stderr)
         return 1
     show(result)
-    print(json.dumps({"quick": options.quick, **result}))
+    print(json.dumps({"quick": options.quick, **msgspec.to_builtins(result)}))
     return 0
 
 
