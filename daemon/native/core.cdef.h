@@ -27,6 +27,7 @@ struct uffd_edge {
 	int (*unprotect)(int fd, uint64_t start, uint64_t len_bytes);
 	int (*unregister)(int fd, uint64_t start, uint64_t len_bytes);
 	ssize_t (*read)(int fd, struct uffd_msg *messages, size_t len_bytes);
+	bool (*has_huge_page)(uint64_t page_bytes);
 };
 extern const struct uffd_edge uffd_kernel;
 struct uffd_result uffd_classify(enum uffd_op op, int error, int64_t result, uint64_t len_bytes);

@@ -420,6 +420,7 @@ unsigned pager_retry(struct pager *p)
 	const struct waiter *w;
 	uint32_t at = 0;
 
+	p->retrying = true;
 	while ((w = waiters_next(&p->waiters, &at))) {
 		uint32_t before = p->waiters.count;
 		uint64_t page = w->page;
@@ -440,6 +441,7 @@ unsigned pager_retry(struct pager *p)
 		if (p->waiters.count < before)
 			at--;
 	}
+	p->retrying = false;
 	if (p->overflowed) {
 		/* Not before half is free, or the same faults would only come and go. */
 		if (waiters_room(&p->waiters) >= WAITERS_MAX / 2) {

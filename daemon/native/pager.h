@@ -100,6 +100,7 @@ struct pager {
 	uint64_t max_range_bytes;
 	uint32_t bad_streak;
 	bool draining;
+	bool retrying;
 	bool map_changed;
 	bool inherited;	 /* the inbox may hold messages that another process read */
 	bool overflowed; /* threads wait that are in no table */

@@ -39,7 +39,30 @@ void pager_fail(struct pager *p, enum uffd_op op, int error, uint64_t hva, uint6
 	p->signals |= PAGER_FAILED;
 }
 
-static struct uffd_result install_zero(struct pager *p, uint64_t hva, uint64_t len_bytes)
+/* hugetlbfs answers EEXIST not only where a page is, but also where the pool has none to give, once there is a place for
+ * it in the page table (hugetlb_mfill_atomic_pte in mm/hugetlb.c: "actual_pte"; measured on 6.18). Believed, an absent
+ * page would count as present and its content be lost. So it is believed only if huge pages were to be had right before
+ * and right after, again and again; until then, memory is short. */
+#define THERE_TRIES 3
+
+static struct uffd_result copy(struct pager *p, uint64_t hva, const void *from, uint64_t len_bytes, unsigned page_shift)
+{
+	const struct uffd_edge *edge = p->edge;
+	struct uffd_result r = edge->install(p->uffd, UFFD_OP_COPY, hva, (uintptr_t)from, len_bytes);
+
+	if (r.answer != UFFD_THERE || page_shift == 12 || !edge->has_huge_page)
+		return r;
+	for (int i = 0; i < THERE_TRIES && r.answer == UFFD_THERE; i++) {
+		if (!edge->has_huge_page(1ull << page_shift))
+			return (struct uffd_result){ .answer = UFFD_NO_MEMORY, .error = EEXIST };
+		r = edge->install(p->uffd, UFFD_OP_COPY, hva, (uintptr_t)from, len_bytes);
+	}
+	if (r.answer == UFFD_THERE && !edge->has_huge_page(1ull << page_shift))
+		return (struct uffd_result){ .answer = UFFD_NO_MEMORY, .error = EEXIST };
+	return r;
+}
+
+static struct uffd_result install_zero(struct pager *p, uint64_t hva, uint64_t len_bytes, unsigned page_shift)
 {
 	const void *from;
 
@@ -48,7 +71,7 @@ static struct uffd_result install_zero(struct pager *p, uint64_t hva, uint64_t l
 	from = zeros(len_bytes);
 	if (!from)
 		return (struct uffd_result){ .answer = UFFD_NO_MEMORY, .error = ENOMEM };
-	return p->edge->install(p->uffd, UFFD_OP_COPY, hva, (uintptr_t)from, len_bytes);
+	return copy(p, hva, from, len_bytes, page_shift);
 }
 
 /* Somebody waits for a page that is zero by right, or that is there already. */
@@ -62,7 +85,7 @@ void pager_zero_fill(struct pager *p, uint64_t page)
 		return;
 	hva = extent_hva(e, page);
 	len = 1ull << e->page_shift;
-	r = install_zero(p, hva, len);
+	r = install_zero(p, hva, len, e->page_shift);
 	switch (r.answer) {
 	case UFFD_DONE:
 		CRASH_POINT("zero.filled");
@@ -78,7 +101,11 @@ void pager_zero_fill(struct pager *p, uint64_t page)
 		return;
 	case UFFD_NO_MEMORY:
 		p->signals |= PAGER_STALLED | PAGER_SHORT;
-		return;
+		/* If it is there after all, its thread finds out; if not, it asks again, at the pace of retries. */
+		if (r.error != EEXIST || !p->retrying)
+			return;
+		p->edge->wake(p->uffd, hva, len);
+		break;
 	case UFFD_PROCESS_GONE:
 		p->signals |= PAGER_GONE;
 		return;
@@ -149,7 +176,7 @@ static struct placement place(struct pager *p, enum lane lane, const struct exte
 			      const uint8_t *data, uint64_t *limit)
 {
 	uint64_t hva = extent_hva(e, page), len = count << e->page_shift;
-	struct uffd_result r = p->edge->install(p->uffd, UFFD_OP_COPY, hva, (uintptr_t)data, len);
+	struct uffd_result r = copy(p, hva, data, len, e->page_shift);
 
 	switch (r.answer) {
 	case UFFD_DONE:

@@ -129,12 +129,26 @@ static ssize_t kernel_read(int fd, struct uffd_msg *messages, size_t len_bytes)
 	return n < 0 ? -errno : n;
 }
 
+/* A mapping is refused if its pages cannot be promised; none is touched. */
+static bool kernel_has_huge_page(uint64_t page_bytes)
+{
+	int shift = __builtin_ctzll(page_bytes);
+	void *page = mmap(NULL, page_bytes, PROT_NONE,
+			  MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | shift << MAP_HUGE_SHIFT, -1, 0);
+
+	if (page == MAP_FAILED)
+		return false;
+	munmap(page, page_bytes);
+	return true;
+}
+
 const struct uffd_edge uffd_kernel = {
 	.install = kernel_install,
 	.wake = kernel_wake,
 	.unprotect = kernel_unprotect,
 	.unregister = kernel_unregister,
 	.read = kernel_read,
+	.has_huge_page = kernel_has_huge_page,
 };
 
 int uffd_probe_registered(int fd, uint64_t start, uint64_t len_bytes)

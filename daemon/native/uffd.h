@@ -3,6 +3,7 @@
 #define POSTCOPY_UFFD_H
 
 #include <linux/userfaultfd.h>
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/types.h>
@@ -42,6 +43,7 @@ struct uffd_edge {
 	int (*unprotect)(int fd, uint64_t start, uint64_t len_bytes);	    /* 0 or errno */
 	int (*unregister)(int fd, uint64_t start, uint64_t len_bytes);	    /* 0 or errno */
 	ssize_t (*read)(int fd, struct uffd_msg *messages, size_t len_bytes); /* bytes or -errno */
+	bool (*has_huge_page)(uint64_t page_bytes); /* whether anybody could get one now; NULL: always */
 };
 
 extern const struct uffd_edge uffd_kernel;

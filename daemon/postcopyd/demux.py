@@ -31,6 +31,8 @@ class SignalHandler(Protocol):
 
     def on_memory_short(self, short: bool) -> None: ...
 
+    def on_memory_trial(self) -> None: ...
+
     def on_vmm_gone(self) -> None: ...
 
     def on_kernel_failure(self, error: KernelError) -> None: ...
@@ -60,6 +62,7 @@ class Demultiplexer:
         self._retry: asyncio.TimerHandle | None = None
         self._retry_s = 0.0
         self._short = False
+        self._settled_when_short = 0
         self._watching = False
 
     def start(self) -> None:
@@ -93,6 +96,10 @@ class Demultiplexer:
         """Act on what a call into the pager asked for."""
         if signals & _RARE:
             self._attend(signals)
+        elif self._short and self._pager.settled > self._settled_when_short:
+            # Only an install that works shows that memory is back.
+            self._short = False
+            self._handler.on_memory_short(False)
         if signals & _SEND:
             self._handler.on_requests_waiting()
         self._handler.on_progress()
@@ -108,10 +115,8 @@ class Demultiplexer:
             self._handler.on_exits_broken(self._pager.ring_failure())
         if signals & Signal.ANSWERS:
             self._handler.on_answers()
-        if signals & Signal.SHORT and not self._short:
-            self._short = True
-            self._retry_s = 0.0
-            self._handler.on_memory_short(True)
+        if signals & Signal.SHORT:
+            self._on_short()
         if signals & Signal.STALLED:
             self._retry_later()
         if signals & Signal.MORE:
@@ -128,13 +133,18 @@ class Demultiplexer:
 
     def _retry_now(self) -> None:
         self._retry = None
-        was_short = self._short
-        self._short = False
         signals = self._pager.drain() | self._pager.retry()
-        if was_short:
-            # Only an install that works shows that memory is back; asking again is how one is tried.
-            self._handler.on_memory_short(bool(signals & Signal.SHORT))
-            self._short = bool(signals & Signal.SHORT)
-        if not signals & Signal.STALLED:
+        if self._short:
+            # Asking for pages again is how memory is tried, also by the push.
+            self._handler.on_memory_trial()
+        elif not signals & Signal.STALLED:
             self._retry_s = 0.0
         self.dispatch(signals)
+
+    def _on_short(self) -> None:
+        settled = self._pager.settled
+        if not self._short or settled > self._settled_when_short:
+            self._retry_s = 0.0
+        self._short = True
+        self._settled_when_short = settled
+        self._handler.on_memory_short(True)

@@ -301,6 +301,11 @@ class Pager:
         return int(self._pager.inflight.requests[Lane.DEMAND])
 
     @property
+    def settled(self) -> int:
+        """Pages that are in place, or zero."""
+        return int(self._pager.ledger.count[2] + self._pager.ledger.count[3])
+
+    @property
     def missing(self) -> int:
         """Pages that nobody has asked for yet."""
         return int(self._pager.ledger.count[0])

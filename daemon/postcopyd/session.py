@@ -334,6 +334,10 @@ class Session:
         if self._fetcher is not None:
             self._fetcher.hold_push(short)
 
+    def on_memory_trial(self) -> None:
+        if self._fetcher is not None:
+            self._fetcher.hold_push(False)
+
     def on_vmm_gone(self) -> None:
         if self._cancelling:
             self._finish(

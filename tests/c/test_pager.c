@@ -84,7 +84,7 @@ static ssize_t fake_read(int fd, struct uffd_msg *messages, size_t len_bytes)
 	return n ? (ssize_t)(n * sizeof(*messages)) : -EAGAIN;
 }
 
-static const struct uffd_edge fake = { fake_install, fake_wake, fake_unprotect, fake_unregister, fake_read };
+static const struct uffd_edge fake = { fake_install, fake_wake, fake_unprotect, fake_unregister, fake_read, NULL };
 
 static void queue(struct uffd_msg m)
 {

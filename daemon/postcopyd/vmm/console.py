@@ -13,6 +13,7 @@ import msgspec
 import structlog
 
 from ..errors import Code, ConfigError, MigrationError, PostcopyError
+from . import stillness
 from .guestmem import mapped_image
 from .handoff_client import HandoffFormat, hand_off
 from .state import check_memory, read_state, write_state
@@ -91,11 +92,15 @@ class Handoff(_Command, frozen=True):
     socket: str
 
 
+class Stillness(_Command, frozen=True):
+    """Answer `longest_s`, how long a running vCPU made no step since the last time this was asked."""
+
+
 class Quit(_Command, frozen=True):
     """End the process, running guest and all."""
 
 
-Command = Start | Pause | Wait | Save | Load | Status | Check | Balloon | Handoff | Quit
+Command = Start | Pause | Wait | Save | Load | Status | Check | Balloon | Handoff | Stillness | Quit
 _decoder: msgspec.json.Decoder[Command] = msgspec.json.Decoder(Command)
 
 
@@ -135,6 +140,7 @@ class Console:
         self._regions = regions
         self._must_load = must_load
         self._socket: socket.socket | None = None
+        self._stillness = stillness.Stillness(machine)
 
     def hand_off(self, path: Path) -> None:
         """Raises HandoffError; ConfigError where memory has no userfaultfd."""
@@ -150,6 +156,7 @@ class Console:
 
     def close(self) -> None:
         """End the machine, then the hand-off; idempotent."""
+        self._stillness.close()
         self._machine.close()
         if self._socket is not None:
             self._socket.close()
@@ -196,6 +203,8 @@ class Console:
                 machine.balloon(offset, len_bytes)
             case Handoff(socket=path):
                 self.hand_off(Path(path))
+            case Stillness():
+                return {"longest_s": self._stillness.take()}
             case Quit():
                 pass
         return {}

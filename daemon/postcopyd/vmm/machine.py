@@ -241,6 +241,11 @@ class Machine:
         """
         return check_memory(self.save(), self.memory.address, self.removed)
 
+    def steps(self) -> tuple[int | None, ...]:
+        """How many steps each vCPU made; None while it does not run. Any thread may ask at any time before `close`."""
+        raws = (self._native.status(vcpu) for vcpu in range(self.shape.vcpus))
+        return tuple(raw.tick if raw.phase is native.PhaseCode.RUNNING else None for raw in raws)
+
     def status(self) -> MachineStatus:
         """Return a snapshot; any thread may ask at any time before `close`."""
         raws = [self._native.status(vcpu) for vcpu in range(self.shape.vcpus)]
