@@ -53,6 +53,9 @@ fuzz: build ## Fuzz frames, ring records and the resolver, FUZZ_SECONDS=60 each 
 	{ echo 'clang is missing; run: sudo apt-get install -y clang libclang-rt-14-dev' >&2; exit 1; }
 	FUZZ_SECONDS=$${FUZZ_SECONDS:-60} $(BIN)/pytest -o timeout=0 tests/fuzz
 
+chaos: build ## Ten minutes of faults under guests that arrive (as root); the last line is the outcome as JSON
+	PYTHONPATH=tests $(BIN)/python -m chaos
+
 demo: build ## Migrate a guest on this host and show what happens
 	$(BIN)/postcopyd demo
 
