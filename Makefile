@@ -14,7 +14,7 @@ C_CHECK := gcc -std=gnu11 -fsyntax-only -Wall -Wextra -Werror -Wshadow -Wstrict-
 REQUIRE := $(if $(wildcard /dev/kvm),REQUIRE_KVM=1) $(if $(wildcard /dev/userfaultfd),REQUIRE_UFFD=1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup apt build check test fuzz demo bench bench-quick bench-exits docs clean
+.PHONY: help setup apt build check test fuzz chaos demo bench bench-quick bench-exits docs clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
