@@ -128,8 +128,10 @@ static int start_threads(struct vmm *vm)
 	sigset_t all, before;
 	int error = 0;
 
-	/* The threads inherit the mask: signals for the process are never theirs. */
+	/* The threads inherit the mask: signals for the process are never theirs. SIGBUS is how KVM tells a vCPU's thread of
+	 * poisoned memory; blocked, it would only make KVM_RUN return over and over. */
 	sigfillset(&all);
+	sigdelset(&all, SIGBUS);
 	pthread_sigmask(SIG_SETMASK, &all, &before);
 	for (; vm->threads < vm->shape.vcpus && !error; vm->threads += error == 0)
 		error = pthread_create(&vm->vcpus[vm->threads].thread, NULL, vcpu_main, &vm->vcpus[vm->threads]);

@@ -101,6 +101,7 @@ class Session:
         self._cancelling = False
         self._broken = False
         self._poisoned = False
+        self._given_up: SourceError | None = None
 
     @property
     def state(self) -> State:
@@ -343,13 +344,11 @@ class Session:
             self._finish(
                 State.CANCELLED, MigrationError(Code.MIGRATION_CANCELLED, "cancelled; the VMM was ended")
             )
-        else:
-            self._finish(
-                State.FAILED,
-                HandoffError(
-                    Code.VMM_GONE, f"the VMM of migration {self.spec.id!r} ended before it had its memory"
-                ),
-            )
+            return
+        gone = HandoffError(
+            Code.VMM_GONE, f"the VMM of migration {self.spec.id!r} ended before it had its memory"
+        )
+        self._finish(State.FAILED, self._given_up or gone)
 
     def on_kernel_failure(self, error: KernelError) -> None:
         # The descriptor must stay open, so the session stays; what failed is asked for again with every retry.
@@ -438,6 +437,7 @@ class Session:
             self._poisoned = True
             self._finish(State.FAILED, error)
         elif policy is OnLoss.KILL and self._memory.vmm.pidfd is not None:
+            self._given_up = error
             signal.pidfd_send_signal(self._memory.vmm.pidfd.fileno(), signal.SIGKILL)
         elif policy is not OnLoss.HOLD:
             self._log.error("source.policy_impossible", policy=policy, detail="the guest waits on")
