@@ -69,6 +69,12 @@ class Supervised:
             child.process.kill()
 
     @property
+    def daemon_pid(self) -> int:
+        """Of the daemon that runs now."""
+        pid = self.child.process.pid
+        return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+
+    @property
     def starts(self) -> int:
         return len((self.folder / "starts").read_text().splitlines())
 
