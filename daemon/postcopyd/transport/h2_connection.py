@@ -27,7 +27,7 @@ class KeepAlive(msgspec.Struct, frozen=True):
     """A PING after `interval_s` without a byte from the peer; `timeout_s` later the peer is given up."""
 
     interval_s: float = 2.0
-    timeout_s: float = 2.0
+    timeout_s: float = 1.5
 
 
 class Loss(Enum):
