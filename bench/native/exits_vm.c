@@ -268,7 +268,7 @@ void vm_unregister(const struct vm *vm, int uffd)
 {
 	struct uffdio_range range = {.start = (uintptr_t)vm->memory, .len = vm->pages * PAGE};
 
-	NEED(ioctl(uffd, UFFDIO_UNREGISTER, &range) == 0);
+	NEED(ioctl(uffd, UFFDIO_UNREGISTER, &range) == 0 && ioctl(uffd, UFFDIO_WAKE, &range) == 0);
 	close(uffd);
 }
 

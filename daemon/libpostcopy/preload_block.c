@@ -154,8 +154,12 @@ void block_unmapping(struct preload_block *block, uint64_t start, uint64_t len)
 		uint64_t to = range->start + range->len < end ? range->start + range->len : end;
 		struct uffdio_range part = { from, to - from };
 
-		if (from < to && ioctl(block->uffd, UFFDIO_UNREGISTER, &part))
+		if (from >= to)
+			continue;
+		if (ioctl(block->uffd, UFFDIO_UNREGISTER, &part))
 			preload_fail("%s cannot be unregistered: %s", block->ram, strerror(errno));
+		/* Whom the kernel missed: docs/kernel-policy.md, "The end". */
+		ioctl(block->uffd, UFFDIO_WAKE, &part);
 	}
 	cut(block, start, end);
 }

@@ -115,11 +115,16 @@ static int kernel_unprotect(int fd, uint64_t start, uint64_t len_bytes)
 	return ioctl(fd, UFFDIO_WRITEPROTECT, &wp) ? errno : 0;
 }
 
+/* The kernel wakes who waits, and unregisters then. A thread that faults in between, under the lock of its mapping alone
+ * ("mm: handle userfaults under VMA lock", Linux 6.6), begins to wait for an answer to a message that nobody will read:
+ * docs/kernel-policy.md, "The end". Afterwards no such fault can begin, so one more wake frees them all. */
 static int kernel_unregister(int fd, uint64_t start, uint64_t len_bytes)
 {
 	struct uffdio_range range = { .start = start, .len = len_bytes };
+	int error = ioctl(fd, UFFDIO_UNREGISTER, &range) ? errno : 0;
 
-	return ioctl(fd, UFFDIO_UNREGISTER, &range) ? errno : 0;
+	kernel_wake(fd, start, len_bytes);
+	return error;
 }
 
 static ssize_t kernel_read(int fd, struct uffd_msg *messages, size_t len_bytes)

@@ -79,6 +79,7 @@ def test_state_is_exact_at_any_instruction() -> None:
         # About 4 % of pauses fall between count and tick; 5000 without one do not happen.
         for count in itertools.count(1):
             machine.start()
+            assert machine.wait_steps(1, timeout_s=60), "the pause came before the guest"
             machine.pause()
             visited.add(machine.save().walks()[0].visited)
             assert machine.check().mismatched_pages == 0

@@ -24,6 +24,7 @@ UFFD_API = 0xAA
 UFFDIO_API = 0xC018AA3F
 UFFDIO_REGISTER = 0xC020AA00
 UFFDIO_UNREGISTER = 0x8010AA01
+UFFDIO_WAKE = 0x8010AA02
 REGISTER_MODE_MISSING = 1
 
 
@@ -97,9 +98,13 @@ class Uffd:
         return int(struct.unpack("=QQQQ", answer)[3])
 
     def unregister(self, address: Hva, len_bytes: int) -> None:
-        """Absent pages of the range read zero from now on, and their waiters go on. Raises KernelError."""
+        """Absent pages of the range read zero from now on, and their waiters go on. Raises KernelError.
+
+        The wake is for those that the kernel misses: docs/kernel-policy.md, "The end".
+        """
         argument = struct.pack("=QQ", address, len_bytes)
         self._ioctl("UFFDIO_UNREGISTER", UFFDIO_UNREGISTER, argument, address, len_bytes)
+        self._ioctl("UFFDIO_WAKE", UFFDIO_WAKE, argument, address, len_bytes)
 
 
 def register_memory(
