@@ -97,6 +97,12 @@ def encode(fmt: HandoffFormat, regions: Sequence[Region], page_size: int) -> byt
     )
 
 
+def _refused(path: Path) -> HandoffError:
+    return HandoffError(
+        Code.VMM_HANDOFF_UNANSWERED, f"the daemon at {path} refused the hand-off; its log says why"
+    )
+
+
 def hand_off(
     path: Path,
     uffd: Uffd,
@@ -118,12 +124,14 @@ def hand_off(
     try:
         sock.settimeout(timeout_s)
         sock.connect(str(path))
-        sent = socket.send_fds(sock, [message], [uffd.fileno()])
-        sock.sendall(message[sent:])
+        rest = message[socket.send_fds(sock, [message], [uffd.fileno()]) :]
+        if rest:
+            sock.sendall(rest)
         if fmt.is_framed and not sock.recv(1):
-            raise HandoffError(
-                Code.VMM_HANDOFF_UNANSWERED, f"the daemon at {path} refused the hand-off; its log says why"
-            )
+            raise _refused(path)
+    except (BrokenPipeError, ConnectionResetError) as err:
+        sock.close()
+        raise _refused(path) from err
     except OSError as err:
         sock.close()
         reason = err.strerror or str(err)
