@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup
 PICTURES := $(VENV)/.bench
+FUZZER := $(VENV)/.fuzz
 APT := build-essential python3-dev python3-venv pkg-config libnghttp2-dev libxxhash-dev libcapstone-dev iproute2 nftables systemd
 
 C_SOURCES := $(wildcard daemon/native/*.c daemon/libpostcopy/*.c)
@@ -48,7 +49,11 @@ check: ## Lint and type-check Python and C
 test: build ## Run the tests
 	$(REQUIRE) $(BIN)/pytest
 
-fuzz: build ## Fuzz frames, ring records and the resolver, FUZZ_SECONDS=60 each (needs clang)
+$(FUZZER): pyproject.toml constraints.txt
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[fuzz]'
+	touch $@
+
+fuzz: build $(FUZZER) ## Fuzz frames, ring records, hand-offs and the resolver, FUZZ_SECONDS=60 each (needs clang)
 	@command -v clang >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get install -q -y --no-install-recommends clang libclang-rt-14-dev; } || \
 	{ echo 'clang is missing; run: sudo apt-get install -y clang libclang-rt-14-dev' >&2; exit 1; }
 	FUZZ_SECONDS=$${FUZZ_SECONDS:-60} $(BIN)/pytest -o timeout=0 tests/fuzz

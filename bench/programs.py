@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from placement import GUEST_CPU, HOST_CPU
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from placement import Placement
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "bench" / "native"
@@ -73,8 +77,9 @@ async def run(name: str, *arguments: object) -> bytes:
     return out
 
 
-async def floor(faults: int) -> Floor:
-    return msgspec.json.decode(await run("floor", faults), type=Floor)
+async def floor(faults: int, placement: Placement) -> Floor:
+    host_cpu = HOST_CPU if placement == "apart" else GUEST_CPU
+    return msgspec.json.decode(await run("floor", faults, GUEST_CPU, host_cpu), type=Floor)
 
 
 async def local(what: str, *arguments: int) -> float:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rig import VARIANTS
-from scenarios import BULK_IMAGES, MIGRATIONS, SPARSE_GIB, THREADS
+from scenarios import BULK_IMAGES, MIGRATIONS, PLACEMENTS, SPARSE_GIB, THREADS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -82,9 +82,13 @@ def collect(measured: Measured, plan: Plan, *, quick: bool, took_s: float) -> Re
         "repetitions": plan.repetitions,
         "bulk_mib": plan.bulk_mib,
         "machine": machine(),
-        "floor_us": m.median_us("floor"),
-        "floor_parts_us": {name: m.median_us(f"floor_{name}") for name in ("round_trip", "local_fault")},
-        **{f"{name}_us": m.median_us(name) for name in (*VARIANTS, "native_busy")},
+        **{f"{name}_us": m.median_us(f"{name}.apart") for name in ("floor", *VARIANTS)},
+        "native_busy_us": m.median_us("native_busy"),
+        "one_cpu_us": {name: m.median_us(f"{name}.together") for name in ("floor", *VARIANTS)},
+        "floor_parts_us": {
+            name: {placement: m.median_us(f"floor_{name}.{placement}") for placement in PLACEMENTS}
+            for name in ("round_trip", "local_fault")
+        },
         "busy_faults": m.median("busy_faults"),
         "demand_pages_s": _rates(m, 32),
         "demand_pages_s_by_threads": {str(threads): _rates(m, threads) for threads in THREADS},

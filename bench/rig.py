@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self, cast
 
 from images import PAGE, Pattern
+from placement import placed
 from postcopyd.control.client import ControlClient
 from postcopyd.demo.processes import Child, ReadySocket, require
 from postcopyd.status import Limits, MigrationStatus, State
@@ -22,6 +23,8 @@ from programs import ROOT, BenchError, Percentiles, build
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+
+    from placement import Placement
 
 sys.path.append(str(ROOT / "tests"))
 
@@ -75,6 +78,10 @@ class Guest:
             Percentiles(us["p50"], us["p90"], us["p99"]),
         )
 
+    @property
+    def pid(self) -> int:
+        return self._child.process.pid
+
     async def end(self) -> None:
         """Also while its threads wait for pages; idempotent."""
         await self._child.end()
@@ -116,6 +123,10 @@ class Variant:
     def usage(self) -> tuple[Usage, Usage]:
         """Of the daemon, and of the page server."""
         return Usage.of(self._daemon.process.pid), Usage.of(self._server.process.pid)
+
+    def placed(self, placement: Placement, guest: Guest) -> contextlib.AbstractContextManager[None]:
+        """Guest, daemon and page server stay where `placement` says."""
+        return placed(placement, guest.pid, self._daemon.process.pid, self._server.process.pid)
 
     async def prepare(self, image: str, limits: Limits | None = None) -> str:
         """Make a migration; return the socket for its guest."""

@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
+    from placement import Placement
+    from rig import Touched
+
 THREADS = (1, 8, 32)
+PLACEMENTS: tuple[Placement, ...] = ("apart", "together")
 MIGRATIONS = (1, 4, 16, 64)
 SPARSE_GIB = (1, 4, 16, 64)
 FAIR_AMONG = 16
@@ -136,31 +140,40 @@ class Scenarios:
             for repetition in range(self._plan.repetitions):
                 await self._floor()
                 for variant in in_turns(self._variants, repetition):
-                    await self._demand_round(variant.name, guests[variant.name])
+                    for placement in PLACEMENTS:
+                        await self._latency_round(variant, guests[variant.name], placement)
+                    await self._depth_round(variant.name, guests[variant.name])
                 self._say(f"demand {repetition + 1}/{self._plan.repetitions}")
         for name in VARIANTS:
-            self._keep_cdf(name)
+            self._keep_cdf(f"{name}.apart", name)
 
     async def _floor(self) -> None:
-        found = await programs.floor(self._plan.floor_faults)
-        self.measured.percentiles["floor"].append(found.fault_us)
-        self.measured.percentiles["floor_round_trip"].append(found.round_trip_us)
-        self.measured.percentiles["floor_local_fault"].append(found.local_fault_us)
+        percentiles = self.measured.percentiles
+        for placement in PLACEMENTS:
+            found = await programs.floor(self._plan.floor_faults, placement)
+            percentiles[f"floor.{placement}"].append(found.fault_us)
+            percentiles[f"floor_round_trip.{placement}"].append(found.round_trip_us)
+            percentiles[f"floor_local_fault.{placement}"].append(found.local_fault_us)
         for threads in THREADS:
             rate = await programs.local("pages", threads, self._plan.depth_faults)
             self.measured.numbers[f"pages_s.{threads}.local_c"].append(rate)
 
-    async def _demand_round(self, name: str, guest: Guest) -> None:
-        for threads in THREADS:
-            each = self._plan.touches if threads == 1 else self._plan.depth_faults // threads
-            raw = self._raw(name) if threads == 1 else None
-            touched = await guest.touch(threads, each, raw)
-            # Without faults there is nothing to say, and a median of nothing looks like a record.
-            if touched.faults < threads * each * 0.8:
-                raise BenchError(f"{name}: {touched.faults} of {threads * each} touches were faults")
+    async def _latency_round(self, variant: Variant, guest: Guest, placement: Placement) -> None:
+        name = f"{variant.name}.{placement}"
+        with variant.placed(placement, guest):
+            touched = await guest.touch(1, self._plan.touches, self._raw(name))
+        check_faults(name, touched, self._plan.touches)
+        self.measured.percentiles[name].append(touched.us)
+        if placement == "apart":
+            self.measured.numbers[f"pages_s.1.{variant.name}"].append(touched.pages_s)
+
+    async def _depth_round(self, name: str, guest: Guest) -> None:
+        """Nothing is placed: all share all CPUs."""
+        for threads in THREADS[1:]:
+            each = self._plan.depth_faults // threads
+            touched = await guest.touch(threads, each)
+            check_faults(name, touched, threads * each)
             self.measured.numbers[f"pages_s.{threads}.{name}"].append(touched.pages_s)
-            if threads == 1:
-                self.measured.percentiles[name].append(touched.us)
 
     async def busy(self) -> None:
         """Latency while the push takes all it can get."""
@@ -169,7 +182,8 @@ class Scenarios:
             async with self._native.paused(self._rig, "data", pages) as guest:
                 await self._native.client.set_limits("data", Limits())
                 # More than can be touched in that time: it ends when every page is there.
-                touched = await guest.touch(1, pages // 4, self._raw("native_busy"))
+                with self._native.placed("apart", guest):
+                    touched = await guest.touch(1, pages // 4, self._raw("native_busy"))
                 await self._native.until_state("data", State.COMPLETE)
                 await guest.ask("check")
             if touched.faults == 0:
@@ -177,7 +191,7 @@ class Scenarios:
             self.measured.percentiles["native_busy"].append(touched.us)
             self.measured.numbers["busy_faults"].append(touched.faults)
             self._say(f"busy {repetition + 1}/{self._plan.repetitions}")
-        self._keep_cdf("native_busy")
+        self._keep_cdf("native_busy", "native_busy")
 
     async def bulk(self) -> None:
         """The whole image pushed, nothing touched; CPU time of both sides for random data."""
@@ -289,10 +303,16 @@ class Scenarios:
     def _raw(self, name: str) -> Path:
         return self._rig.folder / f"{name}.ns"
 
-    def _keep_cdf(self, name: str) -> None:
+    def _keep_cdf(self, raw: str, name: str) -> None:
         """The latencies at 0, 0.5, … 100 %."""
-        ns = read_latencies(self._raw(name))
+        ns = read_latencies(self._raw(raw))
         self.measured.cdf_us[name] = [round(ns[(len(ns) - 1) * i // 200] / 1000, 1) for i in range(201)]
+
+
+def check_faults(name: str, touched: Touched, touches: int) -> None:
+    """Without faults there is nothing to say, and a median of nothing looks like a record. Raises BenchError."""
+    if touched.faults < touches * 0.8:
+        raise BenchError(f"{name}: {touched.faults} of {touches} touches were faults")
 
 
 def jain(shares: Sequence[float]) -> float:

@@ -5,11 +5,15 @@
  * and installs them. Beside it, what the parts cost alone: the round trip between two processes, and a fault that B
  * answers from its own memory.
  *
- *     floor FAULTS
+ *     floor FAULTS GUEST_CPU HOST_CPU
+ *
+ * A runs on the one CPU, B and C on the other.
  */
+#define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <sched.h>
 #include <signal.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
@@ -75,13 +79,26 @@ static void handle_faults(int uffd, int sock)
 	}
 }
 
+static void run_on(int cpu)
+{
+	cpu_set_t set;
+
+	CPU_ZERO(&set);
+	CPU_SET(cpu, &set);
+	NEED(sched_setaffinity(0, sizeof(set), &set) == 0);
+}
+
+static int host_cpu;
+
 static pid_t begin_child(void)
 {
 	pid_t pid = fork();
 
 	NEED(pid >= 0);
-	if (pid == 0)
+	if (pid == 0) {
 		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		run_on(host_cpu);
+	}
 	return pid;
 }
 
@@ -138,14 +155,16 @@ static void measure_faults(const struct sockaddr_in *address, uint64_t *ns, size
 
 int main(int argc, char **argv)
 {
-	size_t count = argc == 2 ? strtoul(argv[1], NULL, 10) : 0;
+	size_t count = argc == 4 ? strtoul(argv[1], NULL, 10) : 0;
 	struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
 	socklen_t len = sizeof(address);
 
 	if (count == 0) {
-		fprintf(stderr, "usage: floor FAULTS\n");
+		fprintf(stderr, "usage: floor FAULTS GUEST_CPU HOST_CPU\n");
 		return 2;
 	}
+	run_on(atoi(argv[2]));
+	host_cpu = atoi(argv[3]);
 	/* So that i * 7 % count visits every page. */
 	count += count % 7 == 0;
 	uint64_t *ns = calloc(count, sizeof(*ns));

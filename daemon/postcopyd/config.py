@@ -80,7 +80,7 @@ class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     transport: Annotated[
         Literal["native", "grpcio"],
         Meta(description="Implementation of the page stream; the wire is the same."),
-    ] = "grpcio"
+    ] = "native"
     default_socket: Annotated[
         str, Meta(description="Socket for VMMs that no `prepare` announced; empty: none, or systemd's.")
     ] = ""

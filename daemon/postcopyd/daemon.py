@@ -100,11 +100,15 @@ class Daemon:
         await _load("postcopyd.health.http")
         await _load("postcopyd.metrics.exposition")
         from .health.http import HttpServer
-        from .metrics.collector import Snapshot
+        from .metrics.collector import Snapshot, SnapshotCollector
         from .metrics.exposition import Exposition
 
-        exposition = Exposition(lambda: Snapshot(self._manager.list(), self._handoff_errors.snapshot()))
-        server = HttpServer(self._config.http, self._readiness, self._manager.list, exposition)
+        def collect() -> SnapshotCollector:
+            return SnapshotCollector(Snapshot(self._manager.list(), self._handoff_errors.snapshot()))
+
+        server = HttpServer(
+            self._config.http, lambda: self._readiness.report(self._manager.list()), Exposition(collect)
+        )
         await server.start()
         stack.push_async_callback(server.close)
 

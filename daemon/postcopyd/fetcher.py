@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 import structlog
 
 from .errors import Code, SourceError
-from .pacing import Share, TokenBucket
+from .pacing import Share, TokenBucket, Window
 from .pager import REQUEST_BYTES, Lane, Pager
 from .units import KIB, MIB
 from .v1 import page_source_pb2 as pb
@@ -107,6 +107,7 @@ class Fetcher:
         self._run_align = run_align
         self._run_bytes = max(RUN_BYTES, run_align)
         self._share = share
+        self._window = Window(self._run_bytes)
         self._bucket = TokenBucket(limits.push_rate)
         self._silent_after_s = silent_after_s
         self._link: Link | None = None
@@ -310,6 +311,8 @@ class Fetcher:
         if self._link is None:
             return
         body = self._pager.encode_demand()
+        if body:
+            self._window.note_demand(self._loop.time())
         while body:
             self._link.demand.send(body)
             self._watch_silence()
@@ -340,11 +343,12 @@ class Fetcher:
             self._watch_silence()
 
     def _window_bytes(self) -> int:
-        """While a thread waits, one piece: whatever server, link and processor do for the push, it waits behind. Else at
-        least two pieces, or the second would wait for the first's round trip."""
-        if self._pager.demand_inflight:
-            return self._run_bytes
-        return max(self._share.window_bytes, 2 * self._run_bytes)
+        pager = self._pager
+        received = pager.bulk_bytes_received - self._received_before
+        self._window.note_answers(self._charged - pager.bulk_inflight_bytes, received)
+        return self._window.bytes(
+            self._share.window_bytes, self._loop.time(), demanding=pager.demand_inflight > 0
+        )
 
     def _push_again(self) -> None:
         self._stop_pausing()

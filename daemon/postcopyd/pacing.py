@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+CALM_S = 0.002
+"""A guest that has just waited for a page will soon wait for the next."""
+
+WIDENING_MAX = 4
+"""More would be a burst when content follows zeros."""
+
 
 class TokenBucket:
     """Bytes that may be asked for now.
@@ -45,6 +51,45 @@ class TokenBucket:
         if self.rate == 0 or self._level >= 0:
             return 0.0
         return -self._level / self.rate
+
+
+class Window:
+    """What the push of one migration may have outstanding.
+
+    While threads wait for pages, and for a while after, it is one piece: whatever server, link and processor do for the
+    push, a wanted page waits behind it. What is zero comes as its length alone, so the more of the last answers was
+    zero, the wider it opens.
+
+    Args:
+        piece_bytes: what is asked for at a time.
+    """
+
+    def __init__(self, piece_bytes: int) -> None:
+        self._piece_bytes = piece_bytes
+        self._calm_at = 0.0
+        self._answered = 0
+        self._received = 0
+        self._widening = 1
+
+    def note_demand(self, now: float) -> None:
+        """A wanted page was asked for, in seconds of any clock."""
+        self._calm_at = now + CALM_S
+
+    def note_answers(self, answered_bytes: int, received_bytes: int) -> None:
+        """What was answered since the beginning, and how much of that came as content."""
+        answered = answered_bytes - self._answered
+        if answered < 2 * self._piece_bytes:
+            return
+        received = received_bytes - self._received
+        self._widening = min(answered // max(received, 1), WIDENING_MAX) if received < answered else 1
+        self._answered, self._received = answered_bytes, received_bytes
+
+    def bytes(self, share_bytes: int, now: float, *, demanding: bool) -> int:
+        """share_bytes: the migration's part of what all may have. demanding: wanted pages are outstanding."""
+        if demanding or now < self._calm_at:
+            return self._piece_bytes
+        # Else the second piece would wait for the first's round trip.
+        return max(share_bytes * self._widening, 2 * self._piece_bytes)
 
 
 class Shares:

@@ -5,21 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import json
-import logging
 import os
-import signal
 import sys
 from typing import TYPE_CHECKING, Protocol
 
 import grpc
 import msgspec
 import pytest
-import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 
-from postcopyd.errors import Code, ConfigError
-from postcopyd.source.cli import serve as command
+from page_source_client import client, describe, fetch
+from postcopyd.errors import ConfigError
 from postcopyd.source.image import ImageSpec
 from postcopyd.source.options import ServerOptions, TlsFiles
 from postcopyd.source.progress import Progress, format_line, rates_between, take_sample
@@ -27,16 +23,15 @@ from postcopyd.source.server import PageServer, serve
 from postcopyd.source.servicer import PagesCall
 from postcopyd.v1 import page_source_pb2 as pb
 from postcopyd.v1 import page_source_pb2_grpc
-from source_support import BULK, DEMAND, IMAGE_ID, PAGE, Collector, asking, mixed_content, opening, range_of
+from source_support import BULK, DEMAND, IMAGE_ID, PAGE, asking, mixed_content, opening, range_of
 from tls_support import make_certificates
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
     Stub = page_source_pb2_grpc.PageSourceAsyncStub
 
-CHANNEL_OPTIONS = [("grpc.max_receive_message_length", 8 << 20)]
 DEFAULTS = ServerOptions()
 CONTENT = mixed_content(4096, seed=21)
 
@@ -63,12 +58,6 @@ def serving(request: pytest.FixtureRequest) -> Serving:
     return start
 
 
-@contextlib.asynccontextmanager
-async def client(address: str) -> AsyncIterator[Stub]:
-    async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
-        yield page_source_pb2_grpc.PageSourceStub(channel)  # type: ignore[misc]
-
-
 @pytest.fixture
 def image_path(tmp_path: Path) -> Path:
     path = tmp_path / "image"
@@ -85,28 +74,12 @@ sys.stdin.read()
 """
 
 
-async def fetch(stub: Stub, epoch: int, ranges: list[pb.Range], image_id: str = IMAGE_ID) -> Collector:
-    """Ask for all of `ranges`, close, and read until the server has closed too."""
-    request = pb.PageRequest.FromString(opening(epoch, *ranges))
-    request.open.image_id = image_id
-    call = stub.Pages(iter([request]))
-    collector = Collector(ranges)
-    async for reply in call:
-        collector.feed(reply)
-    assert await call.code() is grpc.StatusCode.OK
-    return collector
-
-
 async def status_of_stream(stub: Stub, *messages: bytes) -> grpc.StatusCode:
     call = stub.Pages(pb.PageRequest.FromString(message) for message in messages)
     with contextlib.suppress(grpc.aio.AioRpcError):
         async for _ in call:
             pass
     return await call.code()
-
-
-async def describe(stub: Stub, image_id: str = IMAGE_ID) -> pb.Image:
-    return await stub.Describe(pb.DescribeRequest(image_id=image_id))
 
 
 async def test_whole_images_arrive_as_they_are(serving: Serving, tmp_path: Path) -> None:
@@ -406,75 +379,3 @@ async def test_progress_counts_what_was_served(serving: Serving, image_path: Pat
         assert "served 50.0%" in format_line(after, rates)
         assert rates_between(after, after).pages == 0
         Progress(server.service).report(on_terminal=False)
-
-
-async def start_command(*arguments: str) -> tuple[asyncio.subprocess.Process, str]:
-    """Run `postcopyd serve` and return it with the address it printed."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-c",
-        "from postcopyd.source.cli import serve; serve()",
-        *arguments,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    assert process.stdout is not None
-    line = await process.stdout.readline()
-    if not line:
-        _, stderr = await process.communicate()
-        raise AssertionError(stderr.decode())
-    event = json.loads(line)
-    assert event["event"] == "source.listening"
-    return process, event["address"]
-
-
-async def test_the_command_serves_until_all_images_are_released(image_path: Path) -> None:
-    process, address = await start_command(
-        "--image", f"a={image_path}", "--image", f"b={image_path}@9", "--listen", "127.0.0.1:0", "--once"
-    )
-    async with client(address) as stub:
-        for name in ("a", "b"):
-            image = await describe(stub, name)
-            whole = range_of(1, 0, len(CONTENT))
-            assert (await fetch(stub, image.epoch, [whole], name)).memory[1] == CONTENT
-            await stub.Complete(pb.CompleteRequest(image_id=name, epoch=image.epoch))
-    assert image.epoch == 9
-    _, stderr = await process.communicate()
-    assert process.returncode == 0, stderr.decode()
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_the_command_ends_on_signals(image_path: Path, number: signal.Signals) -> None:
-    process, address = await start_command("--image", f"vm={image_path}", "--listen", "127.0.0.1:0")
-    async with client(address) as stub:
-        await describe(stub)
-    process.send_signal(number)
-    _, stderr = await process.communicate()
-    assert process.returncode == 0, stderr.decode()
-
-
-@pytest.fixture
-def logs_put_back() -> Iterator[None]:
-    """The command configures logs for a process of its own."""
-    handlers = logging.root.handlers[:]
-    yield
-    structlog.reset_defaults()
-    logging.root.handlers[:] = handlers
-
-
-def test_the_command_refuses_what_makes_no_sense(image_path: Path, logs_put_back: None) -> None:
-    listen = ["--listen", "127.0.0.1:0"]
-    cases = {
-        ("--image", "vm=/nowhere"): Code.IMAGE_UNREADABLE,
-        ("--image", "vm"): Code.ARGUMENT_INVALID,
-        ("--image", f"vm={image_path}", "--once", "--keep"): Code.ARGUMENT_INVALID,
-        ("--image", f"vm={image_path}", "--tls-cert", "x"): Code.ARGUMENT_INVALID,
-        ("--image", f"vm={image_path}", "--tls-cert", "x", "--tls-key", "/nowhere"): Code.CONFIG_UNREADABLE,
-        ("--image", f"vm={image_path}", "--max-message", "1"): Code.ARGUMENT_INVALID,
-        ("--image", f"vm={image_path}", "--max-message", "1G"): Code.ARGUMENT_INVALID,
-        ("--image", f"vm={image_path}", "--listen", "nowhere"): Code.ARGUMENT_INVALID,
-    }
-    for arguments, code in cases.items():
-        with pytest.raises(ConfigError) as caught:
-            command.main([*listen, *arguments], standalone_mode=False)
-        assert caught.value.code is code, arguments

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from postcopyd.errors import Code, ConfigError
 from postcopyd.health.http import HttpServer
 from postcopyd.health.readiness import Readiness
-from postcopyd.metrics.collector import MAX_BUCKETS, Snapshot
+from postcopyd.metrics.collector import MAX_BUCKETS, Snapshot, SnapshotCollector
 from postcopyd.metrics.counts import ErrorCounts
 from postcopyd.metrics.exposition import Exposition
 from postcopyd.status import MigrationStatus, State
@@ -54,7 +54,8 @@ def samples(text: str) -> dict[tuple[str, frozenset[str]], float]:
 
 async def scrape(*migrations: MigrationStatus, errors: ErrorCounts | None = None) -> str:
     counts = errors or ErrorCounts()
-    body, _ = await Exposition(lambda: Snapshot(migrations, counts.snapshot())).render("")
+    snapshot = Snapshot(migrations, counts.snapshot())
+    body, _ = await Exposition(lambda: SnapshotCollector(snapshot)).render("")
     return body.decode()
 
 
@@ -127,8 +128,8 @@ def counted_once() -> ErrorCounts:
 @pytest.fixture
 async def http() -> AsyncIterator[tuple[str, Readiness]]:
     readiness = Readiness()
-    exposition = Exposition(lambda: Snapshot([STATUS], {}))
-    server = HttpServer("127.0.0.1:0", readiness, lambda: [STATUS], exposition)
+    exposition = Exposition(lambda: SnapshotCollector(Snapshot([STATUS], {})))
+    server = HttpServer("127.0.0.1:0", lambda: readiness.report([STATUS]), exposition)
     await server.start()
     yield f"http://127.0.0.1:{server.port}", readiness
     await server.close()
@@ -164,18 +165,18 @@ async def test_healthz_and_metrics_answer(http: tuple[str, Readiness]) -> None:
 async def test_concurrent_scrapes_are_answered_one_at_a_time() -> None:
     running, most = 0, 0
 
-    def snapshot() -> Snapshot:
+    def collect() -> SnapshotCollector:
         nonlocal running, most
         running += 1
         most = max(most, running)
         asyncio.get_running_loop().call_soon(finished)
-        return Snapshot([STATUS], {})
+        return SnapshotCollector(Snapshot([STATUS], {}))
 
     def finished() -> None:
         nonlocal running
         running -= 1
 
-    exposition = Exposition(snapshot)
+    exposition = Exposition(collect)
     await asyncio.gather(*(exposition.render("") for _ in range(5)))
     assert most == 1
 
@@ -183,7 +184,8 @@ async def test_concurrent_scrapes_are_answered_one_at_a_time() -> None:
 async def test_an_address_in_use_is_a_configuration_error(http: tuple[str, Readiness]) -> None:
     url, readiness = http
     taken = url.removeprefix("http://")
-    server = HttpServer(taken, readiness, list, Exposition(lambda: Snapshot([], {})))
+    exposition = Exposition(lambda: SnapshotCollector(Snapshot([], {})))
+    server = HttpServer(taken, lambda: readiness.report([]), exposition)
     with pytest.raises(ConfigError, match=f"http: {re.escape(taken)} cannot be bound"):
         await server.start()
     await server.close()

@@ -1,7 +1,7 @@
-"""The HTTP endpoint: /healthz, /readyz and /metrics.
+"""The HTTP endpoint of the daemon and of the page server: /healthz, /readyz and /metrics.
 
 Without authentication, read-only, and on loopback unless configured otherwise. aiohttp is imported by
-`start`, so that a daemon without this endpoint does not pay for it.
+`start`, so that a process without this endpoint does not pay for it.
 """
 
 from __future__ import annotations
@@ -13,17 +13,13 @@ import structlog
 
 from postcopyd.arguments import parse_endpoint
 from postcopyd.errors import Code, ConfigError
-from postcopyd.status import State
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping
 
     from aiohttp import web
 
     from postcopyd.metrics.exposition import Exposition
-    from postcopyd.status import MigrationStatus
-
-    from .readiness import Readiness
 
 log = structlog.get_logger(__name__)
 
@@ -36,21 +32,21 @@ class HttpServer:
     """Serves at `endpoint`, HOST:PORT; port 0 means any, and `port` tells which.
 
     Args:
-        migrations: the manager's `list`.
+        readiness: what /readyz answers; `ready` in it is a bool, which the status says too.
     """
 
     def __init__(
-        self,
-        endpoint: str,
-        readiness: Readiness,
-        migrations: Callable[[], Sequence[MigrationStatus]],
-        exposition: Exposition,
+        self, endpoint: str, readiness: Callable[[], Mapping[str, object]], exposition: Exposition
     ) -> None:
         self._host, self.port = parse_endpoint(endpoint, port_zero=True)
         self._readiness = readiness
-        self._migrations = migrations
         self._exposition = exposition
         self._runner: web.AppRunner | None = None
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT, with the port that was bound."""
+        return f"[{self._host}]:{self.port}" if ":" in self._host else f"{self._host}:{self.port}"
 
     async def start(self) -> None:
         """Listen.
@@ -95,13 +91,8 @@ class HttpServer:
         return _json(200, {"status": "alive"})
 
     async def _readyz(self, request: web.Request) -> web.Response:
-        recovering = [status.id for status in self._migrations() if status.state is State.RECOVERING]
-        body = {
-            "ready": self._readiness.is_ready,
-            "reasons": self._readiness.reasons,
-            "recovering": recovering,
-        }
-        return _json(200 if self._readiness.is_ready else 503, body)
+        body = self._readiness()
+        return _json(200 if body["ready"] else 503, body)
 
     async def _metrics(self, request: web.Request) -> web.Response:
         from aiohttp import web

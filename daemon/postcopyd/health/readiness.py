@@ -9,6 +9,14 @@ Such migrations are listed in the answer, and metrics alarm.
 from __future__ import annotations
 
 import asyncio
+from typing import TYPE_CHECKING
+
+from postcopyd.status import State
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from postcopyd.status import MigrationStatus
 
 
 class Readiness:
@@ -26,6 +34,11 @@ class Readiness:
     @property
     def is_ready(self) -> bool:
         return not self._reasons
+
+    def report(self, migrations: Sequence[MigrationStatus]) -> dict[str, object]:
+        """Return what /readyz answers."""
+        recovering = [status.id for status in migrations if status.state is State.RECOVERING]
+        return {"ready": self.is_ready, "reasons": self.reasons, "recovering": recovering}
 
     def hold(self, name: str, reason: str) -> None:
         """Not ready for `reason` until `release(name)`."""

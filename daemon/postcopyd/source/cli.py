@@ -24,6 +24,8 @@ from .server import PageServer
 from .server import serve as start_server
 
 if TYPE_CHECKING:
+    from postcopyd.health.http import HttpServer
+
     from .image import ImageSpec
     from .options import Transport
 
@@ -53,6 +55,12 @@ PAGE_LIMITS = (4096, 64 * MIB)
 @click.option(
     "--max-message", default="1M", show_default=True, metavar="SIZE", help="Most data in a message."
 )
+@click.option(
+    "--http",
+    default="",
+    metavar="HOST:PORT",
+    help="Answer /healthz, /readyz and /metrics there; port 0: any.",
+)
 @click.option("--tls-cert", default="", metavar="FILE")
 @click.option("--tls-key", default="", metavar="FILE")
 @click.option("--tls-ca", default="", metavar="FILE", help="Clients must have a certificate of this CA.")
@@ -67,6 +75,7 @@ def serve(
     transport: Transport,
     max_streams: int,
     max_message: str,
+    http: str,
     tls_cert: str,
     tls_key: str,
     tls_ca: str,
@@ -89,14 +98,19 @@ def serve(
     )
     specs = [parse_image(text) for text in images]
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(run_server(specs, listen, options, once=once))
+        runner.run(run_server(specs, listen, options, once=once, http=http))
 
 
-async def run_server(specs: list[ImageSpec], listen: str, options: ServerOptions, *, once: bool) -> None:
+async def run_server(
+    specs: list[ImageSpec], listen: str, options: ServerOptions, *, once: bool, http: str = ""
+) -> None:
     """Serve until SIGTERM, SIGINT or, if `once`, until every image was released.
 
+    Args:
+        http: HOST:PORT of the ops endpoint; empty: none.
+
     Raises:
-        ConfigError: an image cannot be opened, or the address cannot be bound.
+        ConfigError: an image cannot be opened, or an address cannot be bound.
     """
     raise_priority(NICE)
     stopped = asyncio.Event()
@@ -104,14 +118,38 @@ async def run_server(specs: list[ImageSpec], listen: str, options: ServerOptions
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     server = await start_server(specs, listen, options)
     notifier = Notifier.from_environ()
+    ops = None
     try:
-        # Scripts wait for this line and read the port from it.
-        click.echo(json.dumps({"event": "source.listening", "address": server.address}))
+        listening = {"event": "source.listening", "address": server.address}
+        if http:
+            ops = await start_ops(http, server, stopped)
+            listening["http"] = ops.address
+        # Scripts wait for this line and read the ports from it.
+        click.echo(json.dumps(listening))
         notifier.notify(READY=1, STATUS=f"Serving {len(specs)} images on {server.address}")
         await _serve_until(stopped, server, once=once)
     finally:
         notifier.notify(STOPPING=1)
         await server.stop()
+        if ops is not None:
+            await ops.close()
+
+
+async def start_ops(endpoint: str, server: PageServer, stopped: asyncio.Event) -> HttpServer:
+    """Raises ConfigError: the address cannot be bound."""
+    # They cost memory, which only those pay who ask for them.
+    from postcopyd.health.http import HttpServer
+    from postcopyd.metrics.exposition import Exposition
+
+    from .metrics import SourceCollector
+
+    def report() -> dict[str, object]:
+        images = {image.id: "released" if image.file.is_released else "served" for image in server.catalog}
+        return {"ready": not stopped.is_set(), "images": images}
+
+    ops = HttpServer(endpoint, report, Exposition(lambda: SourceCollector.of(server.service)))
+    await ops.start()
+    return ops
 
 
 async def _serve_until(stopped: asyncio.Event, server: PageServer, *, once: bool) -> None:
