@@ -15,26 +15,32 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-Placement = Literal["apart", "together"]
+Placement = Literal["apart", "together", "between"]
+"""Of guest, daemon and page server: the guest has a CPU for itself; all share one; the daemon has one for itself, and
+the guest goes before the page server on the other, as if it had a third."""
+
 CPUS = frozenset(os.sched_getaffinity(0))
 GUEST_CPU = min(CPUS)
 HOST_CPU = max(CPUS)
 
 
 @contextlib.contextmanager
-def placed(placement: Placement, guest: int, *host: int) -> Iterator[None]:
-    """Until the end: process `guest` on a CPU that the processes `host` do not use, or all on that one."""
-    _place(guest, {GUEST_CPU})
-    for pid in host:
-        _place(pid, {HOST_CPU if placement == "apart" else GUEST_CPU})
+def placed(placement: Placement, guest: int, daemon: int, server: int) -> Iterator[None]:
+    """Keep these processes in their places until the end."""
+    _place(guest, {GUEST_CPU}, first=placement == "between")
+    _place(daemon, {GUEST_CPU if placement == "together" else HOST_CPU})
+    _place(server, {HOST_CPU if placement == "apart" else GUEST_CPU})
     try:
         yield
     finally:
-        for pid in (guest, *host):
+        for pid in (guest, daemon, server):
             _place(pid, set(CPUS))
 
 
-def _place(pid: int, cpus: set[int]) -> None:
+def _place(pid: int, cpus: set[int], *, first: bool = False) -> None:
+    """first: before everybody else there."""
+    policy, priority = (os.SCHED_FIFO, 1) if first else (os.SCHED_OTHER, 0)
     for thread in Path(f"/proc/{pid}/task").iterdir():
         with contextlib.suppress(ProcessLookupError):
             os.sched_setaffinity(int(thread.name), cpus)
+            os.sched_setscheduler(int(thread.name), policy, os.sched_param(priority))

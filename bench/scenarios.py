@@ -182,7 +182,7 @@ class Scenarios:
             async with self._native.paused(self._rig, "data", pages) as guest:
                 await self._native.client.set_limits("data", Limits())
                 # More than can be touched in that time: it ends when every page is there.
-                with self._native.placed("apart", guest):
+                with self._native.placed("between", guest):
                     touched = await guest.touch(1, pages // 4, self._raw("native_busy"))
                 await self._native.until_state("data", State.COMPLETE)
                 await guest.ask("check")

@@ -311,8 +311,6 @@ class Fetcher:
         if self._link is None:
             return
         body = self._pager.encode_demand()
-        if body:
-            self._window.note_demand(self._loop.time())
         while body:
             self._link.demand.send(body)
             self._watch_silence()
@@ -334,7 +332,7 @@ class Fetcher:
                 return
             # Limited: a piece at a time, so that the rate is kept within a piece.
             want = self._run_bytes if self._bucket.rate else room
-            body, claimed = self._pager.encode_bulk(want, self._run_bytes)
+            body, claimed = self._pager.encode_bulk(want, min(want, self._run_bytes))
             if not body:
                 return
             self._bucket.spend(claimed)
@@ -346,9 +344,7 @@ class Fetcher:
         pager = self._pager
         received = pager.bulk_bytes_received - self._received_before
         self._window.note_answers(self._charged - pager.bulk_inflight_bytes, received)
-        return self._window.bytes(
-            self._share.window_bytes, self._loop.time(), demanding=pager.demand_inflight > 0
-        )
+        return self._window.bytes(self._share.window_bytes, demanding=pager.demand_inflight > 0)
 
     def _push_again(self) -> None:
         self._stop_pausing()

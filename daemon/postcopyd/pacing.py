@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-CALM_S = 0.002
-"""A guest that has just waited for a page will soon wait for the next."""
-
 WIDENING_MAX = 4
 """More would be a burst when content follows zeros."""
 
@@ -56,9 +53,10 @@ class TokenBucket:
 class Window:
     """What the push of one migration may have outstanding.
 
-    While threads wait for pages, and for a while after, it is one piece: whatever server, link and processor do for the
-    push, a wanted page waits behind it. What is zero comes as its length alone, so the more of the last answers was
-    zero, the wider it opens.
+    While threads wait for pages it is half a piece: whatever server, link and processor do for the push, a wanted page
+    waits behind it. Keeping it small for a while longer would make each wait shorter and the sum of all longer, as what
+    the push does not bring is waited for (docs/performance.md). What is zero comes as its length alone, so the more of
+    the last answers was zero, the wider it opens.
 
     Args:
         piece_bytes: what is asked for at a time.
@@ -66,14 +64,9 @@ class Window:
 
     def __init__(self, piece_bytes: int) -> None:
         self._piece_bytes = piece_bytes
-        self._calm_at = 0.0
         self._answered = 0
         self._received = 0
         self._widening = 1
-
-    def note_demand(self, now: float) -> None:
-        """A wanted page was asked for, in seconds of any clock."""
-        self._calm_at = now + CALM_S
 
     def note_answers(self, answered_bytes: int, received_bytes: int) -> None:
         """What was answered since the beginning, and how much of that came as content."""
@@ -84,10 +77,10 @@ class Window:
         self._widening = min(answered // max(received, 1), WIDENING_MAX) if received < answered else 1
         self._answered, self._received = answered_bytes, received_bytes
 
-    def bytes(self, share_bytes: int, now: float, *, demanding: bool) -> int:
+    def bytes(self, share_bytes: int, *, demanding: bool) -> int:
         """share_bytes: the migration's part of what all may have. demanding: wanted pages are outstanding."""
-        if demanding or now < self._calm_at:
-            return self._piece_bytes
+        if demanding:
+            return self._piece_bytes // 2
         # Else the second piece would wait for the first's round trip.
         return max(share_bytes * self._widening, 2 * self._piece_bytes)
 

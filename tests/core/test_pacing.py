@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postcopyd.pacing import CALM_S, WIDENING_MAX, Shares, TokenBucket, Window
+from postcopyd.pacing import WIDENING_MAX, Shares, TokenBucket, Window
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -97,17 +97,14 @@ def test_who_leaves_leaves_its_share_to_the_others() -> None:
     assert stays.window_bytes == 8 * MIB
 
 
-def test_while_threads_wait_and_shortly_after_one_piece_is_outstanding() -> None:
+def test_while_threads_wait_half_a_piece_is_outstanding() -> None:
     window = Window(128 * KIB)
-    assert window.bytes(MIB, 0.0, demanding=False) == MIB
-    assert window.bytes(MIB, 0.0, demanding=True) == 128 * KIB
-    window.note_demand(1.0)
-    assert window.bytes(MIB, 1.0 + CALM_S / 2, demanding=False) == 128 * KIB
-    assert window.bytes(MIB, 1.0 + CALM_S * 2, demanding=False) == MIB
+    assert window.bytes(MIB, demanding=False) == MIB
+    assert window.bytes(MIB, demanding=True) == 64 * KIB
 
 
 def test_a_small_share_still_lets_two_pieces_overlap() -> None:
-    assert Window(128 * KIB).bytes(64 * KIB, 0.0, demanding=False) == 256 * KIB
+    assert Window(128 * KIB).bytes(64 * KIB, demanding=False) == 256 * KIB
 
 
 @given(answers=st.lists(st.tuples(st.integers(0, 4 * MIB), st.floats(0, 1)), max_size=40))
@@ -118,8 +115,8 @@ def test_the_window_opens_for_zeros_and_never_beyond_its_limit(answers: list[tup
         answered += amount
         received += int(amount * content)
         window.note_answers(answered, received)
-        assert MIB <= window.bytes(MIB, 0.0, demanding=False) <= MIB * WIDENING_MAX
+        assert MIB <= window.bytes(MIB, demanding=False) <= MIB * WIDENING_MAX
     window.note_answers(answered + 8 * MIB, received)
-    assert window.bytes(MIB, 0.0, demanding=False) == MIB * WIDENING_MAX
+    assert window.bytes(MIB, demanding=False) == MIB * WIDENING_MAX
     window.note_answers(answered + 16 * MIB, received + 8 * MIB)
-    assert window.bytes(MIB, 0.0, demanding=False) == MIB
+    assert window.bytes(MIB, demanding=False) == MIB

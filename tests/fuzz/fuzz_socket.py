@@ -1,7 +1,7 @@
 """Atheris target: arbitrary bytes on a VMM's socket. `python fuzz_socket.py handoff|exits [libFuzzer options] CORPUS`.
 
-The first byte says in what steps the rest arrives. Whatever comes is a message, the wish for more, or a HandoffError; what
-is kept of it is bounded, and no byte of a request is lost or taken twice.
+The first byte says in what steps the rest arrives. Whatever comes is a message, the wish for more, or a HandoffError
+that says something; what is kept of it is bounded, and no byte of a request is lost or taken twice.
 """
 
 from __future__ import annotations
@@ -37,6 +37,10 @@ def pieces(data: bytes) -> Iterator[bytes]:
     yield from (data[at : at + step] for at in range(1, len(data), step))
 
 
+def check_error(error: HandoffError) -> None:
+    assert error.message, "an error without a word"
+
+
 def handoff(data: bytes) -> None:
     """With one descriptor, and with as many as a framed one may name."""
     for descriptors in (0, 1, len(SERVED)):
@@ -50,7 +54,7 @@ def handoff(data: bytes) -> None:
                     assert len(state.descriptor_names) == descriptors
                     break
         except HandoffError as error:
-            assert error.message, "an error without a word"
+            check_error(error)
 
 
 def exits(data: bytes) -> None:
@@ -65,7 +69,7 @@ def exits(data: bytes) -> None:
             assert taken + reader.partial == came, "bytes were lost, or taken twice"
             assert len(reader.partial) <= max(LENGTH.size + MAX_BITCODE_BYTES, MAX_JSON_BYTES)
     except HandoffError as error:
-        assert error.message, "an error without a word"
+        check_error(error)
 
 
 def check_answer(form: Form, vcpu: int, offset: int) -> None:

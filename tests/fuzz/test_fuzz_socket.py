@@ -27,7 +27,7 @@ REGIONS = [
 
 def handoffs() -> list[bytes]:
     plain = [encode(fmt, REGIONS, page_size) for fmt in HandoffFormat for page_size in (4096, 2 << 20)]
-    return plain + [with_everything()]
+    return [*plain, with_everything()]
 
 
 def with_everything() -> bytes:

@@ -104,7 +104,7 @@ class Limits(msgspec.Struct, frozen=True):
     window_bytes: int
     max_frame_bytes: int
     max_header_bytes: int = 16 * KIB
-    slice_bytes: int = 256 * KIB
+    slice_bytes: int = 128 * KIB
     control_burst: int = 1000
     control_rate: int = 200
     reset_burst: int = 200

@@ -111,8 +111,16 @@ class ClientCall:
 
 
 class ClientConnection(H2Connection):
-    def __init__(self, target: str, limits: h2.Limits, keepalive: KeepAlive, sink: ReplySink | None) -> None:
-        super().__init__(h2.Connection(limits), keepalive)
+    def __init__(
+        self,
+        target: str,
+        limits: h2.Limits,
+        keepalive: KeepAlive,
+        sink: ReplySink | None,
+        *,
+        background: bool = False,
+    ) -> None:
+        super().__init__(h2.Connection(limits), keepalive, background=background)
         self.target = target
         self.calls: dict[int, ClientCall] = {}
         self.too_many_pings = False

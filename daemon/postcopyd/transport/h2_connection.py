@@ -1,7 +1,8 @@
 """The I/O of one HTTP/2 connection: an asyncio protocol around postcopyd._native.h2, for client and server.
 
 Reading: the loop writes into the connection's own buffer and one C call handles all of it. A turn of the loop
-takes no more than that buffer, so another connection of the same loop is never far behind.
+takes no more than that buffer, so another connection of the same loop is never far behind. What comes in the
+background waits until everything else that came with it was handled.
 
 Writing: one C call fills a block and one write hands it over. The write buffer limits make the transport say
 at once whether it kept a part: while it does (`pause_writing`), the block is its own and nothing is produced,
@@ -45,10 +46,14 @@ class H2Connection(asyncio.BufferedProtocol):
     Args:
         native: one end, unused so far.
         keepalive: None leaves a silent peer alone.
+        background: nobody waits for what comes here.
     """
 
-    def __init__(self, native: h2.Connection, keepalive: KeepAlive | None) -> None:
+    def __init__(
+        self, native: h2.Connection, keepalive: KeepAlive | None, *, background: bool = False
+    ) -> None:
         self.native = native
+        self._background = background
         self.loss: Loss | None = None
         self.reason = ""
         self._keepalive = keepalive
@@ -151,30 +156,27 @@ class H2Connection(asyncio.BufferedProtocol):
         return self.native.receive
 
     def buffer_updated(self, nbytes: int) -> None:
-        self._received_at = now = self._loop.time()
-        native = self.native
-        self._in_turn = True
-        try:
-            messages = native.feed(nbytes, now)
-            if native.attention[0] & h2.HAS_EVENTS:
-                for event in native.events():
-                    self.on_event(event)
-            if messages > 0:
-                self.on_messages()
-        finally:
-            self._in_turn = False
-        self.flush()
+        self._received_at = self._loop.time()
+        if self._background:
+            # The buffer is taken until then.
+            self._pause_slice()
+            self._loop.call_soon(self._take_later, nbytes)
+            return
+        self._take(nbytes)
         # libuv would read up to 32 more buffers at once; the others of this loop come first.
         if nbytes == h2.RECEIVE_BYTES and self._transport is not None and not self._reading_held:
-            self._transport.pause_reading()
+            self._pause_slice()
             self._loop.call_soon(self._next_slice)
 
     def pause_writing(self) -> None:
         self._writing_paused = True
 
     def resume_writing(self) -> None:
+        """Only what is long ever waits, so whatever else came in this turn goes first."""
         self._writing_paused = False
-        self.flush()
+        if not self._flush_due:
+            self._flush_due = True
+            self._loop.call_soon(self.flush)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
@@ -203,6 +205,29 @@ class H2Connection(asyncio.BufferedProtocol):
         elif attention & h2.HAS_MORE and not self._writing_paused and not self._flush_due:
             self._flush_due = True
             self._loop.call_soon(self.flush)
+
+    def _take(self, nbytes: int) -> None:
+        native = self.native
+        self._in_turn = True
+        try:
+            messages = native.feed(nbytes, self._received_at)
+            if native.attention[0] & h2.HAS_EVENTS:
+                for event in native.events():
+                    self.on_event(event)
+            if messages > 0:
+                self.on_messages()
+        finally:
+            self._in_turn = False
+        self.flush()
+
+    def _take_later(self, nbytes: int) -> None:
+        if self._transport is not None:
+            self._take(nbytes)
+        self._next_slice()
+
+    def _pause_slice(self) -> None:
+        if self._transport is not None:
+            self._transport.pause_reading()
 
     def _next_slice(self) -> None:
         if self._transport is not None and not self._reading_held:
