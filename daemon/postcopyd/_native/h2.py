@@ -93,6 +93,12 @@ GRPC_INTERNAL = 13
 RECEIVE_BYTES = 256 * KIB
 """Taken from the socket at once, and so the most that is handled in a turn of the event loop."""
 
+SLICE_BYTES = 128 * KIB
+"""Produced at once: a wanted page waits behind one slice of the push."""
+
+TLS_SLICE_BYTES = 256 * KIB
+"""Each slice is one more turn of the event loop's TLS, which costs more than it."""
+
 
 class Limits(msgspec.Struct, frozen=True):
     """What a peer may make us do and keep; see struct h2_limits. Bytes, counts, and frames a second."""
@@ -104,7 +110,7 @@ class Limits(msgspec.Struct, frozen=True):
     window_bytes: int
     max_frame_bytes: int
     max_header_bytes: int = 16 * KIB
-    slice_bytes: int = 128 * KIB
+    slice_bytes: int = SLICE_BYTES
     control_burst: int = 1000
     control_rate: int = 200
     reset_burst: int = 200

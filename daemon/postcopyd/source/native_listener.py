@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from postcopyd._native.h2 import SERVER_LIMITS
+from postcopyd._native.h2 import SERVER_LIMITS, SLICE_BYTES, TLS_SLICE_BYTES
 from postcopyd._native.image import native_functions
 from postcopyd.arguments import parse_endpoint
 from postcopyd.errors import Code, ConfigError, SourceError
@@ -39,7 +39,11 @@ class NativeListener:
             self._new_pages,
             handlers(service),
             tls=_context(options.tls) if options.tls else None,
-            limits=msgspec.structs.replace(SERVER_LIMITS, max_produced_bytes=options.max_message_bytes),
+            limits=msgspec.structs.replace(
+                SERVER_LIMITS,
+                max_produced_bytes=options.max_message_bytes,
+                slice_bytes=TLS_SLICE_BYTES if options.tls is not None else SLICE_BYTES,
+            ),
             max_connections=CONNECTIONS_PER_STREAM * options.max_streams,
             max_readers=options.read_threads,
         )

@@ -118,7 +118,8 @@ class NativeTransport:
 
     async def open_stream(self, opening: bytes, sink: ReplySink, *, demand: bool) -> NativePageStream:
         """Open a Pages call on a connection of its own and send `opening`. Raises SourceError."""
-        connection = await self._connect(sink, background=not demand)
+        # TLS hands over a record's worth at a time: a turn of the loop for each would cost more than it saves.
+        connection = await self._connect(sink, background=not demand and self._tls is None)
         call = connection.call(SERVICE + "Pages", self.target, self._scheme)
         stream = NativePageStream(connection, call, demand=demand)
         stream.send(opening)
