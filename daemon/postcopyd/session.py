@@ -397,7 +397,14 @@ class Session:
 
     # -- what the fetcher reports
 
+    @property
+    def _is_decided(self) -> bool:
+        """How it ends is known; what the source still does changes neither that nor its reason."""
+        return self._end is not None and self._end.done() and self._end.result() is not State.COMPLETE
+
     def on_source_up(self, target: str, transport: str) -> None:
+        if self._is_decided:
+            return
         self._source_in_use, self._transport = target, transport
         self._error = None
         if self._patience is not None:
@@ -413,6 +420,8 @@ class Session:
             self._fetcher.pump_push()
 
     def on_source_lost(self, error: SourceError) -> None:
+        if self._is_decided:
+            return
         self._reconnects += 1
         self._source_in_use = ""
         self._error = error

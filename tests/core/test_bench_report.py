@@ -15,8 +15,19 @@ from images import HALF, MIB, PAGE, SPARSE, write_image
 from programs import Percentiles
 from results import TARGETS, collect, for_last_line, judge
 from rig import VARIANTS
-from scenarios import BULK_IMAGES, MIGRATIONS, QUICK, SPARSE_GIB, THREADS, Measured, jain, jain_at_half
+from scenarios import (
+    BULK_IMAGES,
+    MIGRATIONS,
+    PLACEMENTS,
+    QUICK,
+    SPARSE_GIB,
+    THREADS,
+    Measured,
+    jain,
+    jain_at_half,
+)
 
+FLOORS = ("floor", "floor_round_trip", "floor_local_fault")
 KEYS = {
     "floor_us": {"p50", "p90", "p99"},
     "native_us": {"p50", "p90", "p99"},
@@ -31,7 +42,8 @@ KEYS = {
 def a_result() -> dict[str, Any]:
     """Every repetition measured 2 of everything, but one that was disturbed."""
     measured = Measured()
-    for name in ("floor", "floor_round_trip", "floor_local_fault", *VARIANTS, "native_busy"):
+    placed = [f"{name}.{where}" for name in (*FLOORS, *VARIANTS) for where in PLACEMENTS]
+    for name in (*placed, "native_busy"):
         measured.percentiles[name] = [Percentiles(900, 900, 900), Percentiles(2, 2, 2), Percentiles(2, 2, 2)]
     names = [f"pages_s.{threads}.{name}" for threads in THREADS for name in (*VARIANTS, "local_c")]
     names += [f"bulk.{image}.{name}" for image in BULK_IMAGES for name in VARIANTS] + ["bulk.data.local_c"]
