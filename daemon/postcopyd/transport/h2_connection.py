@@ -64,6 +64,7 @@ class H2Connection(asyncio.BufferedProtocol):
         self._reading_held = False
         self._in_turn = False
         self._flush_due = False
+        self._slice_due = False
         self._received_at = 0.0
         self._pinged_at: float | None = None
         self._last_chance = False
@@ -119,7 +120,7 @@ class H2Connection(asyncio.BufferedProtocol):
             return
         if held:
             self._transport.pause_reading()
-        else:
+        elif not self._slice_due:
             self._transport.resume_reading()
 
     def flush(self) -> None:
@@ -226,10 +227,12 @@ class H2Connection(asyncio.BufferedProtocol):
         self._next_slice()
 
     def _pause_slice(self) -> None:
+        self._slice_due = True
         if self._transport is not None:
             self._transport.pause_reading()
 
     def _next_slice(self) -> None:
+        self._slice_due = False
         if self._transport is not None and not self._reading_held:
             self._transport.resume_reading()
 
