@@ -98,7 +98,8 @@ class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             ge=64 * KIB,
             le=GIB,
             extra=_SIZE,
-            description="Most bytes of the push on their way for one migration; more for links that are long and fat.",
+            description="Most bytes of the push on their way for one migration, four times as many while all is zero; "
+            "more for links that are long and fat.",
         ),
     ] = WINDOW_BYTES
     nice: Annotated[

@@ -245,8 +245,13 @@ class QemuMigration:
 
     def _named(self, error: PostcopyError) -> MigrationError:
         """The same, with what became of the guest."""
-        outcome = "the guest ended with it" if self._source.is_gone else "the source goes on as before"
-        return MigrationError(error.code, f"{error.message}; {outcome}")
+        if not self._source.is_gone:
+            return MigrationError(error.code, f"{error.message}; the source goes on as before")
+        # A destination that loses its source ends too, and may be noticed first.
+        text = error.message
+        if f"the {self._source.name} QEMU" not in text:
+            text = self._source.gone(f"at the switch-over; {text}").message
+        return MigrationError(Code.QEMU_GONE, f"{text}; the guest ended with it")
 
     # -- the switch-over
 
