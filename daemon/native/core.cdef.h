@@ -69,7 +69,7 @@ struct blocked_thread { uint32_t tid; uint64_t faults; uint64_t blocked_ns; ...;
 struct waiters { struct blocked_thread thread[1024]; uint32_t threads; ...; };
 struct inflight { uint32_t requests[2]; ...; };
 struct pager { int ring_error; struct state_header *state; struct inflight inflight; struct region *region; struct pager_failure failure; struct ledger ledger;
-	struct waiters waiters; uint64_t max_range_bytes; uint64_t bulk_inflight_bytes; ...; };
+	struct waiters waiters; uint64_t max_range_bytes; uint32_t max_ranges; uint64_t bulk_inflight_bytes; ...; };
 bool state_is_sound(const void *state, uint64_t len_bytes);
 uint64_t pager_state_bytes(uint64_t pages);
 struct pager *pager_create(void *state, uint64_t len_bytes, const struct region *regions, uint32_t count, int uffd,

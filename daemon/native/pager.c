@@ -44,6 +44,7 @@ static struct pager *attach(void *state, int uffd, const struct uffd_edge *edge)
 	p->uffd = uffd;
 	p->edge = edge ? edge : &uffd_kernel;
 	p->max_range_bytes = 1 << 20;
+	p->max_ranges = INFLIGHT_SLOTS;
 	inflight_init(&p->inflight);
 	ledger_init(&p->ledger, (uint64_t *)(base + h->words_offset), h->pages);
 	return p;

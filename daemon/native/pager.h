@@ -98,6 +98,7 @@ struct pager {
 	uint64_t bulk_cursor;
 	uint64_t bulk_inflight_bytes;
 	uint64_t max_range_bytes;
+	uint32_t max_ranges; /* outstanding on a stream, and so in a lane */
 	uint32_t bad_streak;
 	bool draining;
 	bool retrying;

@@ -42,6 +42,9 @@ size_t pager_encode_demand(struct pager *p, uint8_t *out, size_t capacity)
 		most = p->max_range_bytes >> region->page_shift;
 		if (most > DEMAND_RUN_MAX)
 			most = DEMAND_RUN_MAX;
+		/* What finds no room is sent when an answer makes some: pager_feed. */
+		if (p->inflight.requests[LANE_DEMAND] >= p->max_ranges)
+			break;
 		request = inflight_add(&p->inflight, LANE_DEMAND, first, end, now_ns);
 		if (!request)
 			break;
@@ -119,7 +122,8 @@ size_t pager_encode_bulk(struct pager *p, uint64_t want_bytes, uint64_t run_byte
 		struct request *request;
 
 		/* Demand must always find a slot. */
-		if (p->inflight.requests[LANE_BULK] >= INFLIGHT_SLOTS / 2)
+		if (p->inflight.requests[LANE_BULK] >= INFLIGHT_SLOTS / 2 ||
+		    p->inflight.requests[LANE_BULK] >= p->max_ranges)
 			break;
 		page = next_for_push(p, run_bytes, &count);
 		if (count == 0)

@@ -34,6 +34,9 @@ RUN_BYTES = 128 * KIB
 TOTAL_WINDOW_BYTES = 16 * MIB
 """Outstanding push bytes of all migrations of a daemon."""
 
+RANGES_UNSAID = 1024
+"""Outstanding on a stream of a source that does not say how many it takes."""
+
 BACKOFF_FIRST_S = 0.05
 BACKOFF_MAX_S = 2.0
 
@@ -119,7 +122,6 @@ class Fetcher:
         self._unused = 0
         self._received_before = pager.bulk_bytes_received
         self._loop = asyncio.get_running_loop()
-        pager.set_max_range(image.max_range_bytes or MIB)
 
     def set_limits(self, limits: Limits) -> None:
         """Take a new push rate and weight at once."""
@@ -170,7 +172,11 @@ class Fetcher:
     async def _serve(self, target: str, sink: ReplySink) -> None:
         transport = self._factory(target)
         try:
-            self._check_identity(target, await transport.describe(self._image.image_id))
+            described = await transport.describe(self._image.image_id)
+            self._check_identity(target, described)
+            self._pager.set_source_limits(
+                range_bytes=described.max_range_bytes or MIB, ranges=described.max_ranges or RANGES_UNSAID
+            )
             opening = self._opening()
             demand_sink, bulk_sink = LaneSink(sink), LaneSink(sink)
             link = Link(

@@ -282,9 +282,10 @@ class Pager:
         n = lib.pager_encode_bulk(self._pager, want_bytes, run_bytes, self._out, REQUEST_BYTES, self._claimed)
         return bytes(self._out_view[:n]), self._claimed[0]
 
-    def set_max_range(self, len_bytes: int) -> None:
-        """The longest range the source takes, bytes."""
-        self._pager.max_range_bytes = len_bytes
+    def set_source_limits(self, *, range_bytes: int, ranges: int) -> None:
+        """What the source in use takes: bytes in one range, and ranges outstanding on one stream. Both positive."""
+        self._pager.max_range_bytes = range_bytes
+        self._pager.max_ranges = min(ranges, 0xFFFFFFFF)
 
     @property
     def bulk_inflight_bytes(self) -> int:

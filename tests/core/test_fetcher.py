@@ -51,7 +51,7 @@ class Numbers:
     def missing(self) -> int:
         return self.left // PAGE
 
-    def set_max_range(self, len_bytes: int) -> None:
+    def set_source_limits(self, *, range_bytes: int, ranges: int) -> None:
         pass
 
     def stats(self) -> Stats:

@@ -58,7 +58,7 @@ class PagerModel(RuleBasedStateMachine):
         )
         self.state = StateMemory.fresh("model", len(self.every_page))
         self.pager = Pager.create(self.state, REGIONS, 0, edge=self.kernel.edge)
-        self.pager.set_max_range(8 * LARGE)
+        self.pager.set_source_limits(range_bytes=8 * LARGE, ranges=1024)
         self.signals = Signal(0)
         self.remembered = b""
         self.next_free = ELSEWHERE
@@ -206,7 +206,7 @@ class PagerModel(RuleBasedStateMachine):
             self.source.forget(lane)
         self.source.answered.clear()
         self.pager = Pager.adopt(self.state, 0, edge=self.kernel.edge)
-        self.pager.set_max_range(8 * LARGE)
+        self.pager.set_source_limits(range_bytes=8 * LARGE, ranges=1024)
 
     # ── both, as most of the time ────────────────────────────────────────────────────────────────────────────────
 
