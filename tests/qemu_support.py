@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
+import signal
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,7 +24,6 @@ from support import require_uffd
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
-    from pathlib import Path
 
     from postcopyd.qemu.report import Report
 
@@ -107,7 +109,26 @@ class Pair:
             return await machine.execute(command)
 
 
+def page_servers(folder: Path) -> list[int]:
+    """Pids of those that serve files of `folder`."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            command = (entry / "cmdline").read_text().split("\0")
+            if "serve" in command and any(f"={folder}/" in part for part in command):
+                found.append(int(entry.name))
+    return found
+
+
 @asynccontextmanager
 async def pair() -> AsyncIterator[Pair]:
+    """At its end no page server may be left that nobody needs."""
     async with Host() as host:
-        yield Pair(host, await host.daemon())
+        it = Pair(host, await host.daemon())
+        try:
+            yield it
+        finally:
+            left = page_servers(it.folder)
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+        assert left == [], "a page server outlived its migration"

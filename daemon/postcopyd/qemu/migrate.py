@@ -293,6 +293,8 @@ class QemuMigration:
         if self._destination.resumed_at is None and not self._source.is_gone:
             await self._undo(plan)
             return self._named(error)
+        if self._destination.is_gone and self._server is not None:
+            await self._server.end()
         text = f"{error.message}; neither machine runs the guest; the source's RAM file is untouched"
         return MigrationError(error.code, text)
 
