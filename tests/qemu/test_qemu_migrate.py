@@ -14,7 +14,7 @@ from postcopyd.qemu.preload import environment
 from postcopyd.qemu.qmp import Machine
 from postcopyd.status import Limits, State
 from postcopyd.units import MIB
-from qemu_support import SLOW, WALKED, Pair, pair, require_qemu
+from qemu_support import SLOW, WALKED, Pair, page_servers, pair, require_qemu
 
 if TYPE_CHECKING:
     from postcopyd.qemu.guests.vm import GuestVm
@@ -186,6 +186,7 @@ async def test_a_source_that_dies_at_the_switch_over_is_named() -> None:
         await it.destination()
         with pytest.raises(MigrationError, match="the source QEMU ended"):
             await it.move(lambda line: kill(it.source_vm) if line == "source: stopped" else None)
+        assert page_servers(it.folder) == [], "nobody needs it any more"
 
 
 async def half_way(it: Pair) -> asyncio.Task[object]:
