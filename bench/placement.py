@@ -24,12 +24,16 @@ GUEST_CPU = min(CPUS)
 HOST_CPU = max(CPUS)
 
 
+def server_cpu(placement: Placement) -> int:
+    return HOST_CPU if placement == "apart" else GUEST_CPU
+
+
 @contextlib.contextmanager
 def placed(placement: Placement, guest: int, daemon: int, server: int) -> Iterator[None]:
     """Keep these processes in their places until the end."""
     _place(guest, {GUEST_CPU}, first=placement == "between")
     _place(daemon, {GUEST_CPU if placement == "together" else HOST_CPU})
-    _place(server, {HOST_CPU if placement == "apart" else GUEST_CPU})
+    _place(server, {server_cpu(placement)})
     try:
         yield
     finally:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from placement import GUEST_CPU, HOST_CPU
+from placement import GUEST_CPU, server_cpu
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -78,8 +78,7 @@ async def run(name: str, *arguments: object) -> bytes:
 
 
 async def floor(faults: int, placement: Placement) -> Floor:
-    host_cpu = HOST_CPU if placement == "apart" else GUEST_CPU
-    return msgspec.json.decode(await run("floor", faults, GUEST_CPU, host_cpu), type=Floor)
+    return msgspec.json.decode(await run("floor", faults, GUEST_CPU, server_cpu(placement)), type=Floor)
 
 
 async def local(what: str, *arguments: int) -> float:

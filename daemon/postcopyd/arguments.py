@@ -45,6 +45,11 @@ def parse_endpoint(text: str, *, port_zero: bool = False) -> tuple[str, int]:
     return match[1] or match[2], port
 
 
+def format_endpoint(host: str, port: int) -> str:
+    """Return what `parse_endpoint` takes."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def check_socket_path(text: str) -> str:
     """Return an absolute path that fits a UNIX socket address.
 

@@ -348,9 +348,12 @@ class Fetcher:
 
     def _window_bytes(self) -> int:
         pager = self._pager
-        received = pager.bulk_bytes_received - self._received_before
-        self._window.note_answers(self._charged - pager.bulk_inflight_bytes, received)
+        self._window.note_answers(self._charged - pager.bulk_inflight_bytes, self._received_bytes())
         return self._window.bytes(self._share.window_bytes, demanding=pager.demand_inflight > 0)
+
+    def _received_bytes(self) -> int:
+        """Content that this fetcher's push brought."""
+        return self._pager.bulk_bytes_received - self._received_before
 
     def _push_again(self) -> None:
         self._stop_pausing()
@@ -363,8 +366,7 @@ class Fetcher:
 
     def _refund(self) -> bool:
         """Give back what was charged and brought no bytes: zero runs, and requests that were lost. Whether any was."""
-        received = self._pager.bulk_bytes_received - self._received_before
-        unused = self._charged - self._pager.bulk_inflight_bytes - received
+        unused = self._charged - self._pager.bulk_inflight_bytes - self._received_bytes()
         returned = unused - self._unused
         self._bucket.give_back(returned)
         self._unused = unused

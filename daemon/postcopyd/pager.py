@@ -285,7 +285,7 @@ class Pager:
     def set_source_limits(self, *, range_bytes: int, ranges: int) -> None:
         """What the source in use takes: bytes in one range, and ranges outstanding on one stream. Both positive."""
         self._pager.max_range_bytes = range_bytes
-        self._pager.max_ranges = min(ranges, 0xFFFFFFFF)
+        self._pager.max_ranges = ranges
 
     @property
     def bulk_inflight_bytes(self) -> int:

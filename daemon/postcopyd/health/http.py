@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import structlog
 
-from postcopyd.arguments import parse_endpoint
+from postcopyd.arguments import format_endpoint, parse_endpoint
 from postcopyd.errors import Code, ConfigError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class HttpServer:
     @property
     def address(self) -> str:
         """HOST:PORT, with the port that was bound."""
-        return f"[{self._host}]:{self.port}" if ":" in self._host else f"{self._host}:{self.port}"
+        return format_endpoint(self._host, self.port)
 
     async def start(self) -> None:
         """Listen.

@@ -48,10 +48,15 @@ class SnapshotCollector:
         yield _latency(self._snapshot.migrations)
 
 
-def _daemon(snapshot: Snapshot) -> Iterator[Metric]:
+def build_info() -> Metric:
+    """What runs; of every process that is scraped."""
     info = GaugeMetricFamily("postcopyd_build_info", "Always 1.", labels=["version", "python"])
     info.add_metric([__version__, platform.python_version()], 1)
-    yield info
+    return info
+
+
+def _daemon(snapshot: Snapshot) -> Iterator[Metric]:
+    yield build_info()
     by_state = GaugeMetricFamily("postcopyd_migrations", "Migrations by state.", labels=["state"])
     for state in State:
         by_state.add_metric([state], sum(status.state is state for status in snapshot.migrations))

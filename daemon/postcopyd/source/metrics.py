@@ -5,13 +5,13 @@ The labels are bounded by the images that the command line names.
 
 from __future__ import annotations
 
-import platform
 from typing import TYPE_CHECKING
 
 import msgspec
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from postcopyd import __version__
+from postcopyd._native.image import Served
+from postcopyd.metrics.collector import build_info
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -22,13 +22,12 @@ if TYPE_CHECKING:
 
 
 class ImageCounts(msgspec.Struct, frozen=True):
-    """Of one image. `data_bytes` and `zero_bytes`: answered so far, zeros as memory and not as sent."""
+    """Of one image. `served`: answered so far, zeros as memory and not as sent."""
 
     id: str
     size_bytes: int
     is_released: bool
-    data_bytes: int
-    zero_bytes: int
+    served: Served
 
 
 class SourceCollector:
@@ -47,24 +46,14 @@ class SourceCollector:
     @classmethod
     def of(cls, service: PageSourceService) -> SourceCollector:
         """Read the counters now."""
-        images = []
-        for image in service.catalog:
-            served = image.file.served
-            images.append(
-                ImageCounts(
-                    id=image.id,
-                    size_bytes=image.file.size_bytes,
-                    is_released=image.file.is_released,
-                    data_bytes=served.data_bytes,
-                    zero_bytes=served.zero_bytes,
-                )
-            )
+        images = [
+            ImageCounts(image.id, image.file.size_bytes, image.file.is_released, image.file.served)
+            for image in service.catalog
+        ]
         return cls(images, len(service.streams), service.options.max_streams)
 
     def collect(self) -> Iterator[Metric]:
-        info = GaugeMetricFamily("postcopyd_build_info", "Always 1.", labels=["version", "python"])
-        info.add_metric([__version__, platform.python_version()], 1)
-        yield info
+        yield build_info()
         yield GaugeMetricFamily("postcopyd_source_streams", "Page streams that are open.", self._streams)
         yield GaugeMetricFamily(
             "postcopyd_source_streams_max", "Page streams that may be open at once.", self._max_streams
@@ -83,6 +72,6 @@ class SourceCollector:
         for image in self._images:
             size.add_metric([image.id], image.size_bytes)
             released.add_metric([image.id], image.is_released)
-            served.add_metric([image.id, "data"], image.data_bytes)
-            served.add_metric([image.id, "zero"], image.zero_bytes)
+            served.add_metric([image.id, "data"], image.served.data_bytes)
+            served.add_metric([image.id, "zero"], image.served.zero_bytes)
         yield from (size, released, served)

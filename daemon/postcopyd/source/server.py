@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
-from postcopyd.arguments import parse_endpoint
+from postcopyd.arguments import format_endpoint, parse_endpoint
 from postcopyd.errors import ConfigError
 
 from .catalog import Catalog
@@ -69,7 +69,7 @@ async def serve(images: Iterable[ImageSpec], listen: str, options: ServerOptions
         service.close()
         service.catalog.close()
         raise
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    address = format_endpoint(host, port)
     log.info(
         "source.listening",
         address=address,

@@ -175,9 +175,7 @@ class H2Connection(asyncio.BufferedProtocol):
     def resume_writing(self) -> None:
         """Only what is long ever waits, so whatever else came in this turn goes first."""
         self._writing_paused = False
-        if not self._flush_due:
-            self._flush_due = True
-            self._loop.call_soon(self.flush)
+        self.flush_soon()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
