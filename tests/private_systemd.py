@@ -28,20 +28,23 @@ INSIDE = Path(__file__).with_name("systemd") / "inside.sh"
 SOURCES = Path(postcopyd.__file__).parents[1]
 PATIENCE_S = 30.0
 
-PYTHON = f"/opt/python/bin/{Path(os.path.realpath(sys.executable)).name}"
+INTERPRETER = os.path.realpath(sys.executable)
+PYTHON = "/opt/venv/bin/python"
 ENVIRONMENT = {
-    "PYTHONHOME": "/opt/python",
     "LD_LIBRARY_PATH": "/opt/python/lib",
-    "PYTHONPATH": "/opt/postcopyd:/opt/library",
+    "PYTHONPATH": "/opt/postcopyd",
     "PYTHONPYCACHEPREFIX": "/opt/pycache",
     "PYTHONUNBUFFERED": "1",
 }
 """How the program runs inside, where services do not see the home directories that it may be installed in."""
 
+STANDBY_STEPS = frozenset({"standby.claimed", "standby.named", "standby.main"})
+"""Where a standby may die on its way to being the main process."""
+
 PROGRAM = (
     "postcopyd.entry", "postcopyd.launch", "postcopyd.daemon", "postcopyd.transport.native", "uvloop",
     "postcopyd.control.server", "postcopyd.cli", "postcopyd.source.cli", "postcopyd.source.native_listener",
-    "postcopyd.vmm.__main__",
+    "postcopyd.vmm.__main__", "postcopyd.standby.process", "postcopyd.standby.keeper",
 )  # fmt: skip
 
 
@@ -135,7 +138,7 @@ class PrivateSystemd:
                 *("unshare", "--fork", "--kill-child=SIGKILL", "--pid", "--mount", "--mount-proc"),
                 *("--cgroup", "--uts", "--ipc", "--"),
                 *("/bin/bash", str(INSIDE), str(work), str(etc)),
-                *(sys.base_prefix, sysconfig.get_path("purelib"), str(SOURCES)),
+                *(INTERPRETER, sys.base_prefix, sysconfig.get_path("purelib"), str(SOURCES)),
                 stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
         async with asyncio.timeout(PATIENCE_S):
@@ -213,6 +216,12 @@ class PrivateSystemd:
     async def main_pid(self, unit: str) -> int:
         """The number of its main process inside, 0 if there is none."""
         return int((await self.properties(unit, "MainPID"))["MainPID"])
+
+    async def processes(self, unit: str) -> set[int]:
+        """The numbers, inside, of all its processes."""
+        path = f"/sys/fs/cgroup/system.slice/{unit}/cgroup.procs"
+        status, out, _ = await self.run("cat", path, check=False)
+        return {int(line) for line in out.split()} if status == 0 else set()
 
     async def kill(self, unit: str, name: str = "KILL") -> None:
         """Send the main process a signal."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import os
 import signal
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
@@ -16,10 +17,13 @@ from .manager import Manager
 from .metrics.counts import ErrorCounts
 from .priority import raise_priority
 from .sdnotify import Notifier, Watchdog, listen_fds
+from .standby.claim import standby_path
 from .store import DescriptorStore, group, offered_capacity
 from .transport.factory import make_factory
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from .config import DaemonConfig
     from .control.server import ControlServer
 
@@ -34,10 +38,14 @@ class Daemon:
 
     SIGTERM: with a descriptor store, end at once and let the next process go on. SIGINT, and SIGTERM without a store:
     end when no guest needs it any more.
+
+    Args:
+        arguments: of the command line, for a process that is to go on with the same.
     """
 
-    def __init__(self, config: DaemonConfig) -> None:
+    def __init__(self, config: DaemonConfig, arguments: Sequence[str] = ()) -> None:
         self._config = config
+        self._arguments = arguments
         self._notifier = Notifier.from_environ()
         self._readiness = Readiness()
         self._handoff_errors = ErrorCounts()
@@ -78,6 +86,7 @@ class Daemon:
             await control.set_serving(True)
             self._notifier.notify(READY=1, STATUS="Ready")
             log.info("daemon.ready", control=self._config.control, transport=self._config.transport)
+            await self._start_standby(stack)
             await self._stop_asked.wait()
             self._readiness.hold("stopping", "the daemon was asked to stop")
             await control.set_serving(False)
@@ -119,6 +128,17 @@ class Daemon:
         task = asyncio.ensure_future(watchdog.run())
         stack.callback(task.cancel)
 
+    async def _start_standby(self, stack: AsyncExitStack) -> None:
+        """Only now: what it loads would keep guests waiting."""
+        if not self._config.standby:
+            return
+        if not self._store.is_durable or not standby_path(os.environ):
+            log.warning("standby.off", detail="it needs a descriptor store and $RUNTIME_DIRECTORY")
+            return
+        from .standby.keeper import StandbyKeeper
+
+        await stack.enter_async_context(StandbyKeeper(self._arguments))
+
     def _on_stop_signal(self, number: int) -> None:
         left = self._manager.unfinished()
         log.warning("daemon.stop_asked", signal=signal.Signals(number).name, unfinished=left)
@@ -141,6 +161,6 @@ async def _load(name: str) -> None:
     await asyncio.to_thread(importlib.import_module, name)
 
 
-async def run_daemon(config: DaemonConfig) -> None:
+async def run_daemon(config: DaemonConfig, arguments: Sequence[str] = ()) -> None:
     """Run a daemon until it is stopped. Raises ConfigError."""
-    await Daemon(config).run()
+    await Daemon(config, arguments).run()

@@ -24,6 +24,7 @@ from postcopyd.status import Limits
 from postcopyd.units import PAGE_SIZE, Hva
 from postcopyd.vmm.state import GuestKind
 from postcopyd.vmm.uffd_client import Feature
+from private_systemd import STANDBY_STEPS
 from supervised import Supervised
 from support import require_kvm, require_uffd
 
@@ -122,7 +123,8 @@ def points_in_the_code() -> set[str]:
 
 def test_every_step_has_a_plan_that_dies_there() -> None:
     planned = {point.partition(":")[0] for plan in PLANS for point in plan}
-    assert points_in_the_code() == planned
+    # A standby needs a service manager that lets it be the main process: systemd/test_daemon_unit.py.
+    assert points_in_the_code() == planned | STANDBY_STEPS
 
 
 def parametrized(plans: tuple[tuple[str, ...], ...]) -> Callable[[Any], Any]:

@@ -1,14 +1,16 @@
 #!/bin/bash
 # Becomes PID 1 of a private systemd: private_systemd.py runs this in new PID, mount, cgroup, UTS and IPC name spaces.
 #
-# usage: inside.sh WORK ETC PYTHON LIBRARY SOURCES
+# usage: inside.sh WORK ETC INTERPRETER PYTHON LIBRARY SOURCES
 #   WORK     an empty directory that is ours
 #   ETC      files for /etc, with all of /etc/systemd/system
-#   PYTHON, LIBRARY, SOURCES   what a service that sees no /root needs to run postcopyd: /opt/python, /opt/library, /opt/postcopyd
+#   INTERPRETER, PYTHON, LIBRARY, SOURCES   what a service that sees no /root needs to run postcopyd: an interpreter, its
+#            prefix, third-party packages and ours. They become /opt/python, /opt/venv, a virtual environment as an
+#            installation has, and /opt/postcopyd
 #
 # Nothing that happens here is seen outside: files are written to overlays and tmpfs, and no sysctl can be changed.
 set -euo pipefail
-work=$1 etc=$2 python=$3 library=$4 sources=$5
+work=$1 etc=$2 interpreter=$3 python=$4 library=$5 sources=$6
 
 # Of the host's own units only what a system must have to come up.
 stock_units="
@@ -31,9 +33,12 @@ own_files() {
   overlay etc
   overlay var
   overlay opt
-  mkdir -p /opt/python /opt/library /opt/postcopyd /opt/pycache
+  local packages=/opt/venv/lib/$(basename "$interpreter")/site-packages
+  mkdir -p /opt/python /opt/venv/bin "$packages" /opt/postcopyd /opt/pycache
   mount --bind "$python" /opt/python
-  mount --bind "$library" /opt/library
+  mount --bind "$library" "$packages"
+  ln -s "/opt/python/bin/$(basename "$interpreter")" /opt/venv/bin/python
+  printf "home = /opt/python/bin\ninclude-system-site-packages = false\n" > /opt/venv/pyvenv.cfg
   mount --bind "$sources" /opt/postcopyd
   rm -rf /etc/systemd/system /etc/fstab
   cp -r "$etc/." /etc

@@ -17,7 +17,7 @@ from postcopyd.control.client import ControlClient
 from postcopyd.errors import Code, PostcopyError
 from postcopyd.status import Limits, State
 from postcopyd.units import MIB
-from private_systemd import PATIENCE_S, PrivateSystemd, require_systemd
+from private_systemd import PATIENCE_S, STANDBY_STEPS, PrivateSystemd, require_systemd
 from support import require_uffd
 
 if TYPE_CHECKING:
@@ -84,6 +84,14 @@ class Site:
         await vmm.command("load", path=str(self.registers))
         await vmm.command("start")
         return vmm
+
+    async def standby(self) -> int:
+        """The process that waits for the daemon's end."""
+        main = await self.systemd.main_pid(UNIT)
+        async with asyncio.timeout(PATIENCE_S):
+            while not (others := await self.systemd.processes(UNIT) - {main}):
+                pass
+        return others.pop()
 
     async def until_active(self, restarts: int) -> None:
         """Return when the unit was restarted so often and is ready."""
@@ -160,6 +168,46 @@ async def test_a_killed_daemon_goes_on_before_it_is_ready(site: Site) -> None:
         assert (await site.get(id)).state is State.RUNNING
         assert await site.held() == held
     await site.complete(id, vmm)
+
+
+@in_one_loop
+async def test_a_standby_goes_on_where_a_daemon_was_killed(site: Site) -> None:
+    id, vmm = await site.migrate()
+    for kills in range(1, 4):
+        standby = await site.standby()
+        await site.systemd.kill(UNIT)
+        await site.until_active(kills)
+        assert await site.systemd.main_pid(UNIT) == standby
+        assert (await site.get(id)).state is State.RUNNING
+    await site.complete(id, vmm)
+
+
+@in_one_loop
+@pytest.mark.parametrize("step", sorted(STANDBY_STEPS))
+async def test_a_standby_that_dies_on_its_way_is_done_without(step: str, site: Site) -> None:
+    await site.systemd.configure(UNIT, f"Environment=POSTCOPYD_CRASH_AT={step}")
+    await site.systemd.run("systemctl", "restart", UNIT)
+    id, vmm = await site.migrate()
+    standby = await site.standby()
+    await site.systemd.kill(UNIT)
+    await site.until_active(1 if step == "standby.claimed" else 2)
+    assert standby not in await site.systemd.processes(UNIT)
+    await site.complete(id, vmm)
+
+
+@in_one_loop
+async def test_no_standby_outlives_a_restart_or_a_stop(site: Site) -> None:
+    left_over = "remains running"
+    before = (await site.systemd.journal(UNIT)).count(left_over)
+    id, vmm = await site.migrate()
+    standby = await site.standby()
+    await site.systemd.run("systemctl", "restart", UNIT)
+    assert standby not in await site.systemd.processes(UNIT)
+    await site.complete(id, vmm)
+    await site.standby()
+    await site.systemd.run("systemctl", "stop", UNIT)
+    assert await site.systemd.processes(UNIT) == set()
+    assert (await site.systemd.journal(UNIT)).count(left_over) == before
 
 
 @in_one_loop
