@@ -197,7 +197,7 @@ def test_wrong_usage_has_exit_status_2(args: list[str], capsys: pytest.CaptureFi
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(config: DaemonConfig) -> None:
+    def broken(config: DaemonConfig, arguments: list[str]) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setitem(sys.modules, "postcopyd.daemon", fake_daemon(broken))
@@ -208,20 +208,21 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_run_gives_the_daemon_its_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    async def run_daemon(config: DaemonConfig) -> None:
-        seen.append(config)
+    async def run_daemon(config: DaemonConfig, arguments: list[str]) -> None:
+        seen.append((config, arguments))
 
     monkeypatch.setitem(sys.modules, "postcopyd.daemon", fake_daemon(run_daemon))
     path = tmp_path / "c.toml"
     path.write_text('max_migrations = 3\nstate_dir = "/x"')
     assert main(["run", "--config", str(path), "--state-dir", "/y"]) == 0
-    assert [(c.max_migrations, c.state_dir, c.control) for c in seen] == [(3, "/y", "/y/control.sock")]
+    assert [(c.max_migrations, c.state_dir, c.control) for c, _ in seen] == [(3, "/y", "/y/control.sock")]
+    assert [plain_run(arguments) for _, arguments in seen] == [{"config_path": str(path), "state_dir": "/y"}]
 
 
 def test_a_daemon_that_cannot_go_on_gives_its_exit_status(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    async def run_daemon(config: DaemonConfig) -> None:
+    async def run_daemon(config: DaemonConfig, arguments: list[str]) -> None:
         raise InvariantError("two and two are five")
 
     monkeypatch.setitem(sys.modules, "postcopyd.daemon", fake_daemon(run_daemon))
