@@ -141,7 +141,7 @@ class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     standby: Annotated[
         bool,
         Meta(
-            description="Keep a process that has everything loaded and goes on at once after a crash, for 50 MiB of "
+            description="Keep a process that has everything loaded and goes on at once after a crash, for 40 MiB of "
             "memory. Needs systemd: set in the unit."
         ),
     ] = False
