@@ -47,7 +47,8 @@ CANCEL_TIMEOUT_S = 10.0
 BANDWIDTH = 1 << 40
 """Of QEMU's own stream, bytes a second: the guest stands still while its last part is on its way."""
 
-ENDED = ("completed", "failed", "cancelled")
+NOT_DONE = ("failed", "cancelled")
+ENDED = ("completed", *NOT_DONE)
 
 
 class MigrateOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -293,7 +294,9 @@ class QemuMigration:
         if self._destination.resumed_at is None and not self._source.is_gone:
             await self._undo(plan)
             return self._named(error)
-        if self._destination.is_gone and self._server is not None:
+        # One that could not load the state says so before it ends.
+        never_runs = self._destination.resumed_at is None and self._destination.migration in NOT_DONE
+        if (never_runs or self._destination.is_gone) and self._server is not None:
             await self._server.end()
         text = f"{error.message}; neither machine runs the guest; the source's RAM file is untouched"
         return MigrationError(error.code, text)
