@@ -28,6 +28,7 @@ struct uffd_edge {
 	int (*unregister)(int fd, uint64_t start, uint64_t len_bytes);
 	ssize_t (*read)(int fd, struct uffd_msg *messages, size_t len_bytes);
 	bool (*has_huge_page)(uint64_t page_bytes);
+	bool (*is_changing)(int fd, uint64_t start, uint64_t len_bytes);
 };
 extern const struct uffd_edge uffd_kernel;
 struct uffd_result uffd_classify(enum uffd_op op, int error, int64_t result, uint64_t len_bytes);
@@ -89,6 +90,7 @@ size_t pager_encode_bulk(struct pager *pager, uint64_t want_bytes, uint64_t run_
 void pager_reset_lane(struct pager *pager, enum lane lane);
 bool pager_is_complete(const struct pager *pager);
 int pager_release(struct pager *pager);
+bool pager_let_go(struct pager *pager);
 bool pager_poison_missing(struct pager *pager);
 int pager_attach_ring(struct pager *pager, void *mem, size_t len);
 unsigned pager_on_doorbell(struct pager *pager, int doorbell);

@@ -177,12 +177,18 @@ static ssize_t read_messages(int uffd, struct uffd_msg *messages, size_t len_byt
 	return uffd_kernel.read(uffd, messages, len_bytes);
 }
 
+static bool is_changing(int uffd, uint64_t start, uint64_t len_bytes)
+{
+	return uffd_kernel.is_changing(uffd, start, len_bytes);
+}
+
 static const struct uffd_edge edge = {
 	.install = install,
 	.wake = wake,
 	.unprotect = unprotect,
 	.unregister = unregister,
 	.read = read_messages,
+	.is_changing = is_changing,
 };
 
 const struct uffd_edge *guest_memfd_edge(void)

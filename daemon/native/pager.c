@@ -478,6 +478,22 @@ int pager_release(struct pager *p)
 	return last;
 }
 
+bool pager_let_go(struct pager *p)
+{
+	const struct extent *e = extents_from(p->extents, 0);
+
+	while (p->edge->read(p->uffd, p->inbox, STATE_INBOX_SLOTS * sizeof(p->inbox[0])) > 0) {
+		/* Everything is in place and nothing is ours any more: that it was read is the whole answer. */
+		for (uint32_t i = 0; i < STATE_INBOX_SLOTS && p->inbox[i].event; i++) {
+			if (p->inbox[i].event == UFFD_EVENT_FORK)
+				on_fork(p, (int)p->inbox[i].arg.fork.ufd);
+			p->inbox[i].event = 0;
+		}
+	}
+	return !p->edge->is_changing || !e || e >= extents_end(p->extents) ||
+	       !p->edge->is_changing(p->uffd, e->hva, 1ull << e->page_shift);
+}
+
 void pager_get_stats(const struct pager *p, struct pager_stats *s)
 {
 	const struct histogram *h = &p->waiters.latency;

@@ -164,6 +164,10 @@ bool pager_is_complete(const struct pager *pager);
 /* UNREGISTER every extent: the kernel fills what is ZERO from now on. 0 or the last errno. */
 int pager_release(struct pager *pager);
 
+/* After pager_release: read what the VMM announced meanwhile, as its thread waits for that. True: nothing comes any more. False:
+ * a thread is on its way to wait; call again, for if nobody reads its event it waits for ever. */
+bool pager_let_go(struct pager *pager);
+
 /* Poison every page that is not here: whoever touches one sees a memory error rather than hang. False: the kernel cannot,
  * and the guest still waits. */
 bool pager_poison_missing(struct pager *pager);

@@ -147,6 +147,26 @@ static bool kernel_has_huge_page(uint64_t page_bytes)
 	return true;
 }
 
+/* What COPY says to one that gets as far as the destination's checks and then fails: it changes nothing. */
+static int probe(int fd, uint64_t start, uint64_t len_bytes)
+{
+	void *unreadable = mmap(NULL, len_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	struct uffdio_copy copy = { .dst = start, .src = (uintptr_t)unreadable, .len = len_bytes };
+	int error;
+
+	if (unreadable == MAP_FAILED)
+		return errno;
+	error = ioctl(fd, UFFDIO_COPY, &copy) ? errno : EINVAL;
+	munmap(unreadable, len_bytes);
+	return error;
+}
+
+/* Looked at before anything else, so also where nothing is registered any more (userfaultfd_copy in fs/userfaultfd.c). */
+static bool kernel_is_changing(int fd, uint64_t start, uint64_t len_bytes)
+{
+	return probe(fd, start, len_bytes) == EAGAIN;
+}
+
 const struct uffd_edge uffd_kernel = {
 	.install = kernel_install,
 	.wake = kernel_wake,
@@ -154,18 +174,13 @@ const struct uffd_edge uffd_kernel = {
 	.unregister = kernel_unregister,
 	.read = kernel_read,
 	.has_huge_page = kernel_has_huge_page,
+	.is_changing = kernel_is_changing,
 };
 
 int uffd_probe_registered(int fd, uint64_t start, uint64_t len_bytes)
 {
-	void *unreadable = mmap(NULL, len_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-	struct uffdio_copy copy = { .dst = start, .src = (uintptr_t)unreadable, .len = len_bytes };
-	int error;
+	int error = probe(fd, start, len_bytes);
 
-	if (unreadable == MAP_FAILED)
-		return -errno;
-	error = ioctl(fd, UFFDIO_COPY, &copy) ? errno : EINVAL;
-	munmap(unreadable, len_bytes);
 	switch (error) {
 	case EFAULT:
 	case EEXIST:

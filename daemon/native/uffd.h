@@ -44,6 +44,9 @@ struct uffd_edge {
 	int (*unregister)(int fd, uint64_t start, uint64_t len_bytes);	    /* 0 or errno */
 	ssize_t (*read)(int fd, struct uffd_msg *messages, size_t len_bytes); /* bytes or -errno */
 	bool (*has_huge_page)(uint64_t page_bytes); /* whether anybody could get one now; NULL: always */
+	/* Whether the VMM is in the middle of a call that announces itself by an event (madvise, munmap, mremap, fork): its event
+	 * may be read, or be still to come. [start, start + len) is or was registered. NULL: never. */
+	bool (*is_changing)(int fd, uint64_t start, uint64_t len_bytes);
 };
 
 extern const struct uffd_edge uffd_kernel;

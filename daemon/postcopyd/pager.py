@@ -327,6 +327,13 @@ class Pager:
         if error not in (0, errno.ESRCH):
             raise KernelError("UFFDIO_UNREGISTER", 0, 0, error)
 
+    def let_go(self) -> bool:
+        """After `release`: read what the VMM announced meanwhile. False: more is to come, and its thread would wait on.
+
+        Source: userfaultfd(2): madvise, munmap, mremap and fork wait until their event was read.
+        """
+        return lib.pager_let_go(self._pager)
+
     def poison_missing(self) -> bool:
         """Poison every page that is not here: whoever touches one sees a memory error. False: the kernel cannot.
 

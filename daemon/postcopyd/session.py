@@ -45,6 +45,8 @@ log = structlog.get_logger(__name__)
 COMPLETE_TRIES = 3
 GONE_PROBE_S = 0.05
 GONE_PROBES = 100
+LET_GO_FIRST_S = 0.0005
+LET_GO_MAX_S = 0.1
 
 
 class Session:
@@ -505,6 +507,7 @@ class Session:
                 memory.pager.release()
             except KernelError as error:
                 self._log.warning("kernel.refused", code=error.code, error=str(error))
+            await self._let_go(memory)
             crash_point("complete.released")
             if self._exits is not None:
                 self._exits.settle()
@@ -517,6 +520,13 @@ class Session:
         memory.close()
         self._enter(end)
         self._log.info("migration.ended", state=end, error=str(self._error or ""))
+
+    async def _let_go(self, memory: Memory) -> None:
+        """Return when no thread of the VMM waits, or is about to wait, for its madvise to be noticed."""
+        delay_s = LET_GO_FIRST_S
+        while not memory.pager.let_go():
+            await asyncio.sleep(delay_s)
+            delay_s = min(2 * delay_s, LET_GO_MAX_S)
 
     def _enter(self, state: State) -> None:
         if state is self._state:

@@ -27,6 +27,7 @@ static struct {
 	int refuse;	     /* errno that every install answers, 0: none */
 	int refuse_protect;  /* the same for unprotect */
 	bool until_drained;  /* refuse only while messages are queued */
+	bool changing;	     /* a call of the VMM's has not announced itself yet */
 	uint32_t wake_calls, poisoned;
 } kernel;
 
@@ -84,7 +85,21 @@ static ssize_t fake_read(int fd, struct uffd_msg *messages, size_t len_bytes)
 	return n ? (ssize_t)(n * sizeof(*messages)) : -EAGAIN;
 }
 
-static const struct uffd_edge fake = { fake_install, fake_wake, fake_unprotect, fake_unregister, fake_read, NULL };
+static bool fake_is_changing(int fd, uint64_t start, uint64_t len_bytes)
+{
+	(void)fd, (void)len_bytes;
+	CHECK_EQ(start, BASE);
+	return kernel.changing || kernel.head != kernel.tail;
+}
+
+static const struct uffd_edge fake = {
+	.install = fake_install,
+	.wake = fake_wake,
+	.unprotect = fake_unprotect,
+	.unregister = fake_unregister,
+	.read = fake_read,
+	.is_changing = fake_is_changing,
+};
 
 static void queue(struct uffd_msg m)
 {
@@ -552,6 +567,22 @@ static void a_fault_that_the_dead_had_read_holds_completion_back(void)
 	stop(&m);
 }
 
+/* A removal that was on its way when the memory was unregistered: its thread waits until somebody reads it. */
+static void a_removal_at_the_very_end_is_read(void)
+{
+	struct machine m = start();
+
+	CHECK_EQ(pager_release(m.pager), 0);
+	kernel.changing = true;
+	CHECK(!pager_let_go(m.pager));
+	for (uint64_t page = 0; page < PAGES; page++)
+		queue_range(UFFD_EVENT_REMOVE, page_hva(page), page_hva(page + 1));
+	kernel.changing = false;
+	CHECK(pager_let_go(m.pager));
+	CHECK_EQ(kernel.head, kernel.tail);
+	stop(&m);
+}
+
 static void nonsense_regions_are_refused(void)
 {
 	static const struct region bad[] = {
@@ -659,6 +690,7 @@ int main(void)
 	a_forking_vmm_cannot_use_up_descriptors();
 	poison_settles_every_page_and_frees_who_waits();
 	a_fault_that_the_dead_had_read_holds_completion_back();
+	a_removal_at_the_very_end_is_read();
 	nonsense_regions_are_refused();
 	corrupt_state_memory_is_refused_or_harmless();
 	cut_state_memory_is_refused();

@@ -43,7 +43,7 @@ static ssize_t fake_read(int fd, struct uffd_msg *messages, size_t len_bytes)
 	return sizeof(*messages);
 }
 
-static const struct uffd_edge fake = { fake_install, fake_range, fake_range, fake_range, fake_read, NULL };
+static const struct uffd_edge fake = { fake_install, fake_range, fake_range, fake_range, fake_read, NULL, NULL };
 
 /* A VM with one region, its ring, and the pager that serves it. */
 struct vm {
