@@ -10,6 +10,7 @@ import asyncio
 from typing import TYPE_CHECKING, Protocol
 
 from .pager import Pager, Signal
+from .urgency import Urgency
 
 if TYPE_CHECKING:
     from .errors import HandoffError, KernelError
@@ -59,6 +60,8 @@ class Demultiplexer:
         self._doorbell = doorbell
         self._handler = handler
         self._loop = asyncio.get_running_loop()
+        self._urgency = Urgency.of_running_loop()
+        self._urgent: list[int] = []
         self._retry: asyncio.TimerHandle | None = None
         self._retry_s = 0.0
         self._short = False
@@ -69,8 +72,10 @@ class Demultiplexer:
         """Begin to watch; answers at once what is waiting already."""
         self._watching = True
         self._loop.add_reader(self._uffd, self.drain)
+        self._urgent.append(self._urgency.watch(self._uffd))
         if self._doorbell is not None:
             self._loop.add_reader(self._doorbell, self._on_doorbell, self._doorbell)
+            self._urgent.append(self._urgency.watch(self._doorbell))
         self.drain()
 
     def stop(self) -> None:
@@ -79,6 +84,8 @@ class Demultiplexer:
             self._loop.remove_reader(self._uffd)
             if self._doorbell is not None:
                 self._loop.remove_reader(self._doorbell)
+            while self._urgent:
+                self._urgency.forget(self._urgent.pop())
             self._watching = False
         if self._retry is not None:
             self._retry.cancel()

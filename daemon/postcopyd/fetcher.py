@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-RUN_BYTES = 128 * KIB
-"""The push asks, and its replies are installed, in pieces of this: one never holds the event loop for long."""
+RUN_BYTES = 64 * KIB
+"""The push asks, and its replies are installed, in pieces of this: whoever waits, waits for one at most."""
 
 TOTAL_WINDOW_BYTES = 16 * MIB
 """Outstanding push bytes of all migrations of a daemon."""

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
 from postcopyd._native import h2
-from postcopyd.transport.h2_connection import H2Connection
+from postcopyd.transport.h2_connection import YIELDS_MAX, H2Connection
+from postcopyd.urgency import Urgency
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 
 class Native:
@@ -20,9 +24,11 @@ class Native:
     def __init__(self, log: list[str]) -> None:
         self.attention = [0]
         self._log = log
+        self.feed = partial(self._feed, 0)
+        self.feed_piece = [partial(self._feed, at) for at in range(0, h2.RECEIVE_BYTES, h2.PIECE_BYTES)]
 
-    def feed(self, len_bytes: int, now: float) -> int:
-        self._log.append(f"fed {len_bytes}")
+    def _feed(self, begin: int, len_bytes: int, now: float) -> int:
+        self._log.append(f"fed {begin} + {len_bytes}" if begin else f"fed {len_bytes}")
         return 0
 
     def fill(self) -> int:
@@ -37,9 +43,10 @@ class Transport:
 
     def __init__(self) -> None:
         self.is_reading = True
+        self.socket, self.peer = socket.socketpair()
 
-    def get_extra_info(self, name: str) -> None:
-        return None
+    def get_extra_info(self, name: str) -> socket.socket | None:
+        return self.socket if name == "socket" else None
 
     def set_write_buffer_limits(self, high: int, low: int) -> None:
         pass
@@ -55,17 +62,33 @@ class Transport:
 
 
 @pytest.fixture
-def connect(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[H2Connection, Transport, list[str]]]:
+def connect(
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Callable[..., tuple[H2Connection, Transport, list[str]]]]:
     monkeypatch.setattr("postcopyd.transport.h2_connection.tune", lambda transport: None)
+    transports: list[Transport] = []
 
-    def make(*, background: bool) -> tuple[H2Connection, Transport, list[str]]:
+    def make(*, urgent: bool = False, background: bool = False) -> tuple[H2Connection, Transport, list[str]]:
         log: list[str] = []
-        connection = H2Connection(cast("h2.Connection", Native(log)), None, background=background)
+        native = cast("h2.Connection", Native(log))
+        connection = H2Connection(native, None, urgent=urgent, background=background)
         transport = Transport()
+        transports.append(transport)
         connection.connection_made(cast("Any", transport))
         return connection, transport, log
 
-    return make
+    yield make
+    for transport in transports:
+        transport.socket.close()
+        transport.peer.close()
+
+
+@pytest.fixture
+def fault() -> Iterator[int]:
+    """Readable or not, as a userfaultfd is."""
+    fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    yield fd
+    os.close(fd)
 
 
 async def turn() -> None:
@@ -110,3 +133,58 @@ async def test_what_is_due_when_the_connection_is_lost_is_forgotten(connect: Any
     connection.connection_lost(None)
     await turn()
     assert log == ["retired"], "the native end is gone"
+
+
+async def test_a_piece_of_the_background_gives_way_to_a_fault_but_not_for_ever(
+    connect: Any, fault: int
+) -> None:
+    connection, transport, log = connect(background=True)
+    watched = Urgency.of_running_loop().watch(fault)
+    os.eventfd_write(fault, 1)
+    connection.buffer_updated(2 * h2.PIECE_BYTES)
+    for _ in range(YIELDS_MAX):
+        await turn()
+        assert log == []
+    # Whoever reads it does not come: the push goes on all the same, and gives way once more before its next piece.
+    await turn()
+    assert log == [f"fed {h2.PIECE_BYTES}"]
+    assert not transport.is_reading, "the buffer is not empty yet"
+    os.eventfd_read(fault)
+    await turn()
+    assert log == [f"fed {h2.PIECE_BYTES}", f"fed {h2.PIECE_BYTES} + {h2.PIECE_BYTES}"]
+    assert transport.is_reading
+    Urgency.of_running_loop().forget(watched)
+
+
+async def test_the_background_gives_way_to_a_wanted_page_that_came(connect: Any) -> None:
+    connection, _, log = connect(background=True)
+    demand, transport, _ = connect(urgent=True)
+    transport.peer.send(b"page")
+    connection.buffer_updated(100)
+    await turn()
+    assert log == []
+    transport.socket.recv(4)
+    await turn()
+    assert log == ["fed 100"]
+    # A connection that is gone stands for nobody.
+    transport.peer.send(b"more")
+    demand.connection_lost(None)
+    assert not Urgency.of_running_loop().is_pressing()
+
+
+async def test_with_nobody_waiting_the_background_is_taken_in_one_turn(connect: Any) -> None:
+    connection, _, log = connect(background=True)
+    connection.buffer_updated(h2.RECEIVE_BYTES)
+    await turn()
+    assert len(log) == h2.RECEIVE_BYTES // h2.PIECE_BYTES
+
+
+async def test_a_userfaultfd_that_the_vmm_keeps_open_is_watched_no_more(fault: int) -> None:
+    urgency = Urgency.of_running_loop()
+    ours = os.dup(fault)
+    watched = urgency.watch(ours)
+    os.eventfd_write(fault, 1)
+    assert urgency.is_pressing()
+    urgency.forget(watched)
+    os.close(ours)
+    assert not urgency.is_pressing()

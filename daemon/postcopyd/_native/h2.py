@@ -93,6 +93,9 @@ GRPC_INTERNAL = 13
 RECEIVE_BYTES = 256 * KIB
 """Taken from the socket at once, and so the most that is handled in a turn of the event loop."""
 
+PIECE_BYTES = 64 * KIB
+"""Of what was received, the most that is handled in the background before somebody who waits may go first."""
+
 SLICE_BYTES = 128 * KIB
 """Produced at once: a wanted page waits behind one slice of the push."""
 
@@ -189,6 +192,7 @@ class Connection:
         receive: where received bytes are to be put for `feed`.
         feed: (len_bytes, now_s) takes the first bytes of `receive`; returns how many messages they completed, or -1
             if the connection broke. now_s: any monotonic clock.
+        feed_piece: the same, the nth from n * PIECE_BYTES on.
         fill: puts what is to be sent next into `block` and returns its length; 0 or -1 if there is nothing. It
             overwrites the last: the transport must be done with it.
         attention: what is to be done after `feed`, `fill` and `events`, as bits HAS_EVENTS, HAS_MORE, IS_OVER at
@@ -198,6 +202,7 @@ class Connection:
     """
 
     feed: Callable[[int, float], int]
+    feed_piece: Sequence[Callable[[int, float], int]]
     fill: Callable[[], int]
     attention: Sequence[int]
 
@@ -223,7 +228,10 @@ class Connection:
         self._out = _ffi.new_allocator(should_clear_after_alloc=False)("uint8_t[]", self._out_bytes)
         self.block = memoryview(_ffi.buffer(self._out))
         self.receive = memoryview(_ffi.buffer(self._in))
-        self.feed = partial(_lib.h2_feed, self._conn, self._in)
+        self.feed_piece = [
+            partial(_lib.h2_feed, self._conn, self._in + at) for at in range(0, RECEIVE_BYTES, PIECE_BYTES)
+        ]
+        self.feed = self.feed_piece[0]
         self.fill = partial(_lib.h2_fill, self._conn, self._out, self._out_bytes)
 
     def retire(self) -> None:

@@ -118,9 +118,10 @@ class ClientConnection(H2Connection):
         keepalive: KeepAlive,
         sink: ReplySink | None,
         *,
+        urgent: bool = False,
         background: bool = False,
     ) -> None:
-        super().__init__(h2.Connection(limits), keepalive, background=background)
+        super().__init__(h2.Connection(limits), keepalive, urgent=urgent, background=background)
         self.target = target
         self.calls: dict[int, ClientCall] = {}
         self.too_many_pings = False

@@ -2,7 +2,8 @@
 
 Reading: the loop writes into the connection's own buffer and one C call handles all of it. A turn of the loop
 takes no more than that buffer, so another connection of the same loop is never far behind. What comes in the
-background waits until everything else that came with it was handled.
+background waits until everything else that came with it was handled, and is taken in pieces: before each of them
+whatever somebody waits for goes first (urgency.py).
 
 Writing: one C call fills a block and one write hands it over. The write buffer limits make the transport say
 at once whether it kept a part: while it does (`pause_writing`), the block is its own and nothing is produced,
@@ -18,10 +19,15 @@ from typing import cast
 import msgspec
 
 from .._native import h2
+from ..urgency import Urgency
 from .tcp import tune
 
 TLS_SHUTDOWN_S = 0.1
 """For the peer's close_notify: nothing depends on it, as HTTP/2 says by itself where a stream ends."""
+
+YIELDS_MAX = 2
+"""How often a piece gives way: once the loop may come back to it before it has handled what it finds ready; more would
+let those who wait stop the push."""
 
 
 class KeepAlive(msgspec.Struct, frozen=True):
@@ -46,14 +52,23 @@ class H2Connection(asyncio.BufferedProtocol):
     Args:
         native: one end, unused so far.
         keepalive: None leaves a silent peer alone.
-        background: nobody waits for what comes here.
+        urgent: somebody waits for what comes here.
+        background: nobody does.
     """
 
     def __init__(
-        self, native: h2.Connection, keepalive: KeepAlive | None, *, background: bool = False
+        self,
+        native: h2.Connection,
+        keepalive: KeepAlive | None,
+        *,
+        urgent: bool = False,
+        background: bool = False,
     ) -> None:
         self.native = native
+        self._urgent = urgent
         self._background = background
+        self._urgency = Urgency.of_running_loop()
+        self._watched: int | None = None
         self.loss: Loss | None = None
         self.reason = ""
         self._keepalive = keepalive
@@ -149,6 +164,8 @@ class H2Connection(asyncio.BufferedProtocol):
         # otherwise at `size > high`; 0 over TLS would pause with nothing to wait for.
         transport.set_write_buffer_limits(high=1 if tls is not None else 0, low=0)
         self._received_at = self._loop.time()
+        if self._urgent:
+            self._watched = self._urgency.watch(transport.get_extra_info("socket").fileno())
         if self._keepalive is not None:
             self._timer = self._loop.call_later(self._keepalive.interval_s, self._check_peer)
         self.flush()
@@ -161,7 +178,7 @@ class H2Connection(asyncio.BufferedProtocol):
         if self._background:
             # The buffer is taken until then.
             self._pause_slice()
-            self._loop.call_soon(self._take_later, nbytes)
+            self._loop.call_soon(self._take_later, 0, nbytes)
             return
         self._take(nbytes)
         # libuv would read up to 32 more buffers at once; the others of this loop come first.
@@ -181,6 +198,9 @@ class H2Connection(asyncio.BufferedProtocol):
         self._transport = None
         if self._timer is not None:
             self._timer.cancel()
+        if self._watched is not None:
+            self._urgency.forget(self._watched)
+            self._watched = None
         self._note(Loss.CLOSED, str(exc) if exc else "")
         if not self._lost.done():
             self._lost.set_result(None)
@@ -206,23 +226,41 @@ class H2Connection(asyncio.BufferedProtocol):
             self._loop.call_soon(self.flush)
 
     def _take(self, nbytes: int) -> None:
-        native = self.native
         self._in_turn = True
         try:
-            messages = native.feed(nbytes, self._received_at)
-            if native.attention[0] & h2.HAS_EVENTS:
-                for event in native.events():
-                    self.on_event(event)
-            if messages > 0:
-                self.on_messages()
+            self._tell(self.native.feed(nbytes, self._received_at))
         finally:
             self._in_turn = False
         self.flush()
 
-    def _take_later(self, nbytes: int) -> None:
-        if self._transport is not None:
-            self._take(nbytes)
-        self._next_slice()
+    def _take_later(self, begin: int, end: int, yields: int = 0) -> None:
+        """Take receive[begin:end] piece by piece, while nobody waits for anything else."""
+        messages = 0
+        self._in_turn = True
+        try:
+            while begin < end and self._transport is not None:
+                if yields < YIELDS_MAX and self._urgency.is_pressing():
+                    self._loop.call_soon(self._take_later, begin, end, yields + 1)
+                    break
+                piece = min(end - begin, h2.PIECE_BYTES)
+                # -1 if it broke: what came before that counts.
+                messages += max(self.native.feed_piece[begin // h2.PIECE_BYTES](piece, self._received_at), 0)
+                begin += piece
+                yields = 0
+            else:
+                self._next_slice()
+            if self._transport is not None:
+                self._tell(messages)
+        finally:
+            self._in_turn = False
+        self.flush()
+
+    def _tell(self, messages: int) -> None:
+        if self.native.attention[0] & h2.HAS_EVENTS:
+            for event in self.native.events():
+                self.on_event(event)
+        if messages > 0:
+            self.on_messages()
 
     def _pause_slice(self) -> None:
         self._slice_due = True

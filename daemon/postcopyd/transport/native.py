@@ -119,7 +119,7 @@ class NativeTransport:
     async def open_stream(self, opening: bytes, sink: ReplySink, *, demand: bool) -> NativePageStream:
         """Open a Pages call on a connection of its own and send `opening`. Raises SourceError."""
         # TLS hands over a record's worth at a time: a turn of the loop for each would cost more than it saves.
-        connection = await self._connect(sink, background=not demand and self._tls is None)
+        connection = await self._connect(sink, urgent=demand, background=not demand and self._tls is None)
         call = connection.call(SERVICE + "Pages", self.target, self._scheme)
         stream = NativePageStream(connection, call, demand=demand)
         stream.send(opening)
@@ -137,12 +137,16 @@ class NativeTransport:
     def _scheme(self) -> str:
         return "http" if self._tls is None else "https"
 
-    async def _connect(self, sink: ReplySink | None, *, background: bool = False) -> ClientConnection:
+    async def _connect(
+        self, sink: ReplySink | None, *, urgent: bool = False, background: bool = False
+    ) -> ClientConnection:
         loop = asyncio.get_running_loop()
         shutdown_timeout_s = TLS_SHUTDOWN_S if self._tls is not None else None
 
         def make() -> ClientConnection:
-            return ClientConnection(self.target, self._limits, self.keepalive, sink, background=background)
+            return ClientConnection(
+                self.target, self._limits, self.keepalive, sink, urgent=urgent, background=background
+            )
 
         try:
             async with asyncio.timeout(self._connect_timeout_s):
