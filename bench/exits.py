@@ -73,10 +73,14 @@ class Round(msgspec.Struct, frozen=True):
 
 
 class Rounds(msgspec.Struct, frozen=True):
-    """The same round by messages and by exits. exit_us: processor time of one exit for nothing."""
+    """The same round by messages and by exits. exit_us: processor time of one exit for nothing.
+
+    own_thread: by exits that nobody answers, as the vCPU's own thread installs the page: the bound of all exits.
+    """
 
     uffd: list[Round]
     exits: list[Round]
+    own_thread: list[Round] = []
     exit_us: float = 0.0
 
     def figures(self) -> dict[str, float]:
@@ -84,7 +88,7 @@ class Rounds(msgspec.Struct, frozen=True):
         figures = {
             "uffd_pages_s": _median(r.pages_s for r in self.uffd),
             "exits_pages_s": _median(r.pages_s for r in self.exits),
-            "ratio": _median(e.pages_s / u.pages_s for u, e in zip(self.uffd, self.exits, strict=True)),
+            "ratio": _ratio(self.exits, self.uffd),
             "uffd_p50_us": _median(r.us.p50 for r in self.uffd),
             "exits_p50_us": _median(r.us.p50 for r in self.exits),
             "uffd_p99_us": _median(r.us.p99 for r in self.uffd),
@@ -92,13 +96,20 @@ class Rounds(msgspec.Struct, frozen=True):
             "uffd_cpu_us": _median(r.cpu_us for r in self.uffd),
             "exits_cpu_us": _median(r.cpu_us for r in self.exits),
         }
-        if self.exit_us:
+        if self.own_thread:
             figures["exit_us"] = self.exit_us
-        return {name: round(value, 3 if name == "ratio" else 1) for name, value in figures.items()}
+            figures["own_thread_pages_s"] = _median(r.pages_s for r in self.own_thread)
+            figures["own_thread_cpu_us"] = _median(r.cpu_us for r in self.own_thread)
+            figures["own_thread_ratio"] = _ratio(self.own_thread, self.uffd)
+        return {name: round(value, 3 if name.endswith("ratio") else 1) for name, value in figures.items()}
 
 
 def _median(values: Iterable[float]) -> float:
     return statistics.median(values)
+
+
+def _ratio(rounds: Sequence[Round], base: Sequence[Round]) -> float:
+    return _median(r.pages_s / b.pages_s for r, b in zip(rounds, base, strict=True))
 
 
 def compile_program(name: str) -> Path:
@@ -277,6 +288,8 @@ def show(result: Result) -> None:
         "CPU µs a page",
         "exits",
         "an exit",
+        "own thread/s",
+        "ratio",
     )
     for name, title in TITLES.items():
         table = Table(title=title, title_justify="left", box=None)
@@ -292,7 +305,11 @@ def show(result: Result) -> None:
                 f"{f['exits_p50_us']:.0f}",
                 f"{f['uffd_cpu_us']:.0f}",
                 f"{f['exits_cpu_us']:.0f}",
-                f"{f['exit_us']:.0f}" if "exit_us" in f else "",
+                *(
+                    [f"{f['exit_us']:.0f}", f"{f['own_thread_pages_s']:.0f}", f"{f['own_thread_ratio']:.2f}"]
+                    if "exit_us" in f
+                    else []
+                ),
             )
         console.print(table, "")
     pause = result.pause

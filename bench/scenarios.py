@@ -54,7 +54,7 @@ class Plan:
         return self.touches
 
 
-FULL = Plan(repetitions=5, touches=2000, depth_faults=3200, latency_mib=256, bulk_mib=1024)
+FULL = Plan(repetitions=7, touches=2000, depth_faults=3200, latency_mib=384, bulk_mib=1024)
 QUICK = Plan(repetitions=3, touches=600, depth_faults=1600, latency_mib=96, bulk_mib=256)
 
 

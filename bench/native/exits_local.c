@@ -1,10 +1,12 @@
 /*
  * How faults of vCPUs are delivered, with content that is at hand: as messages of one userfaultfd, or as exits through
- * libpostcopy and an exit ring. One thread answers, in C; the guest is real.
+ * libpostcopy and an exit ring. One thread answers, in C; the guest is real. The third way is the bound of the second: no
+ * ring and nobody who answers, each vCPU's thread installs the page that its exit was about.
  *
  *     exits_local VCPUS PAGES ROUNDS own|overlap
  *
- * Each round runs both, and the next begins with the other. Prints {"exit_us": …, "uffd": [ROUND…], "exits": [ROUND…]}.
+ * Each round runs all three, the next begins with another. Prints
+ * {"exit_us": …, "uffd": [ROUND…], "exits": [ROUND…], "own_thread": [ROUND…]}.
  */
 #define _GNU_SOURCE
 #include <sys/eventfd.h>
@@ -138,7 +140,20 @@ static int listen_at(char *path, size_t room)
 	return listener;
 }
 
-static struct vm_round run_round(struct vm *vm, const uint8_t *image, bool exits, bool overlap)
+static struct vm_round run_round_alone(struct vm *vm, const uint8_t *image, bool overlap)
+{
+	struct vm_round round;
+
+	vm_forget_memory(vm);
+	vm->own_uffd = vm_register(vm, true);
+	vm->own_image = image;
+	round = vm_run(vm, overlap);
+	vm->own_image = NULL;
+	vm_unregister(vm, vm->own_uffd);
+	return round;
+}
+
+static struct vm_round run_round_answered(struct vm *vm, const uint8_t *image, bool exits, bool overlap)
 {
 	struct resolver r = {.vm = vm, .image = image, .listener = -1, .installed = calloc(vm->pages, sizeof(bool))};
 	struct vm_round round;
@@ -179,6 +194,10 @@ static uint8_t *make_image(size_t pages)
 	return image;
 }
 
+enum way { BY_UFFD, BY_EXITS, BY_OWN_THREAD, WAYS };
+
+static const char *const way_names[WAYS] = {"uffd", "exits", "own_thread"};
+
 static void print_rounds(const char *name, const struct vm_round *rounds, unsigned count)
 {
 	printf(", \"%s\": [", name);
@@ -195,7 +214,7 @@ int main(int argc, char **argv)
 	size_t pages = vcpus ? strtoul(argv[2], NULL, 10) : 0;
 	unsigned count = vcpus ? (unsigned)strtoul(argv[3], NULL, 10) : 0;
 	bool overlap = vcpus && strcmp(argv[4], "overlap") == 0;
-	struct vm_round *by_uffd, *by_exits;
+	struct vm_round *rounds[WAYS];
 	uint8_t *image;
 	struct vm vm;
 
@@ -205,21 +224,22 @@ int main(int argc, char **argv)
 	}
 	vm_init(&vm, vcpus, pages);
 	image = make_image(pages);
-	by_uffd = calloc(count, sizeof(*by_uffd));
-	by_exits = calloc(count, sizeof(*by_exits));
-	NEED(by_uffd && by_exits);
-	for (unsigned i = 0; i < 2 * count; i++) {
-		/* Pairs: ab ba ab … */
-		bool exits = (i % 4 == 1) || (i % 4 == 2);
-		struct vm_round round = run_round(&vm, image, exits, overlap);
+	for (unsigned way = 0; way < WAYS; way++) {
+		rounds[way] = calloc(count, sizeof(*rounds[way]));
+		NEED(rounds[way]);
+	}
+	for (unsigned i = 0; i < WAYS * count; i++) {
+		unsigned way = (i + i / WAYS) % WAYS;
+		struct vm_round round = way == BY_OWN_THREAD ? run_round_alone(&vm, image, overlap)
+							     : run_round_answered(&vm, image, way == BY_EXITS, overlap);
 
 		errno = EIO;
 		NEED(round.wrong == 0);
-		(exits ? by_exits : by_uffd)[i / 2] = round;
+		rounds[way][i / WAYS] = round;
 	}
 	printf("{\"exit_us\": %.1f", (double)vm_exit_cost_ns(&vm) / 1000);
-	print_rounds("uffd", by_uffd, count);
-	print_rounds("exits", by_exits, count);
+	for (unsigned way = 0; way < WAYS; way++)
+		print_rounds(way_names[way], rounds[way], count);
 	puts("}");
 	vm_deinit(&vm);
 	return 0;

@@ -34,7 +34,10 @@ struct vm {
 	struct vm_vcpu vcpu[VM_VCPUS_MAX];
 	pthread_barrier_t start, end;
 	bool quit;
-	struct postcopy *pc; /* of this round; NULL: absent pages are waited for in the kernel */
+	/* Of this round; all unset: absent pages are waited for in the kernel. */
+	struct postcopy *pc;
+	int own_uffd; /* with own_image: vCPUs install what they touch by themselves */
+	const uint8_t *own_image;
 };
 
 struct vm_round {
