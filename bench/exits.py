@@ -75,12 +75,12 @@ class Round(msgspec.Struct, frozen=True):
 class Rounds(msgspec.Struct, frozen=True):
     """The same round by messages and by exits. exit_us: processor time of one exit for nothing.
 
-    own_thread: by exits that nobody answers, as the vCPU's own thread installs the page: the bound of all exits.
+    ring: by exits that are answered over the exit ring, where `exits` are those that vCPUs answer from the image.
     """
 
     uffd: list[Round]
     exits: list[Round]
-    own_thread: list[Round] = []
+    ring: list[Round] = []
     exit_us: float = 0.0
 
     def figures(self) -> dict[str, float]:
@@ -96,11 +96,11 @@ class Rounds(msgspec.Struct, frozen=True):
             "uffd_cpu_us": _median(r.cpu_us for r in self.uffd),
             "exits_cpu_us": _median(r.cpu_us for r in self.exits),
         }
-        if self.own_thread:
+        if self.ring:
             figures["exit_us"] = self.exit_us
-            figures["own_thread_pages_s"] = _median(r.pages_s for r in self.own_thread)
-            figures["own_thread_cpu_us"] = _median(r.cpu_us for r in self.own_thread)
-            figures["own_thread_ratio"] = _ratio(self.own_thread, self.uffd)
+            figures["ring_pages_s"] = _median(r.pages_s for r in self.ring)
+            figures["ring_cpu_us"] = _median(r.cpu_us for r in self.ring)
+            figures["ring_ratio"] = _ratio(self.ring, self.uffd)
         return {name: round(value, 3 if name.endswith("ratio") else 1) for name, value in figures.items()}
 
 
@@ -288,7 +288,7 @@ def show(result: Result) -> None:
         "CPU µs a page",
         "exits",
         "an exit",
-        "own thread/s",
+        "by ring/s",
         "ratio",
     )
     for name, title in TITLES.items():
@@ -306,7 +306,7 @@ def show(result: Result) -> None:
                 f"{f['uffd_cpu_us']:.0f}",
                 f"{f['exits_cpu_us']:.0f}",
                 *(
-                    [f"{f['exit_us']:.0f}", f"{f['own_thread_pages_s']:.0f}", f"{f['own_thread_ratio']:.2f}"]
+                    [f"{f['exit_us']:.0f}", f"{f['ring_pages_s']:.0f}", f"{f['ring_ratio']:.2f}"]
                     if "exit_us" in f
                     else []
                 ),

@@ -1,12 +1,12 @@
 /*
  * How faults of vCPUs are delivered, with content that is at hand: as messages of one userfaultfd, or as exits through
- * libpostcopy and an exit ring. One thread answers, in C; the guest is real. The third way is the bound of the second: no
- * ring and nobody who answers, each vCPU's thread installs the page that its exit was about.
+ * libpostcopy, either answered over the exit ring or by the vCPU's own thread, which has the image. One thread answers, in C;
+ * the guest is real.
  *
  *     exits_local VCPUS PAGES ROUNDS own|overlap
  *
  * Each round runs all three, the next begins with another. Prints
- * {"exit_us": …, "uffd": [ROUND…], "exits": [ROUND…], "own_thread": [ROUND…]}.
+ * {"exit_us": …, "uffd": [ROUND…], "ring": [ROUND…], "exits": [ROUND…]}, exits being those of vCPUs that have the image.
  */
 #define _GNU_SOURCE
 #include <sys/eventfd.h>
@@ -22,6 +22,7 @@ struct resolver {
 	const struct vm *vm;
 	const uint8_t *image;
 	bool *installed;
+	bool local; /* vCPUs install by themselves */
 	int uffd, stop;
 	pthread_t thread;
 	/* Exits: taken from a hand-off. */
@@ -78,11 +79,12 @@ static void answer_exits(struct resolver *r)
 	}
 }
 
-/* Take the three descriptors that libpostcopy names in its message: userfaultfd, ring, doorbell. */
+/* Take the descriptors that libpostcopy names in its message: userfaultfd, ring, doorbell, and the image if there is one. */
 static void take_handoff(struct resolver *r)
 {
 	static char text[64 << 10];
-	int sock = accept4(r->listener, NULL, NULL, SOCK_CLOEXEC), fds[3];
+	int sock = accept4(r->listener, NULL, NULL, SOCK_CLOEXEC), fds[4];
+	size_t len = (r->local ? 4 : 3) * sizeof(fds[0]);
 	struct iovec iov = {text, sizeof(text)};
 	union {
 		struct cmsghdr header;
@@ -93,11 +95,16 @@ static void take_handoff(struct resolver *r)
 
 	NEED(sock >= 0 && recvmsg(sock, &message, MSG_CMSG_CLOEXEC) > 0);
 	errno = EPROTO;
-	NEED(CMSG_FIRSTHDR(&message) && CMSG_FIRSTHDR(&message)->cmsg_len == CMSG_LEN(sizeof(fds)));
-	memcpy(fds, CMSG_DATA(CMSG_FIRSTHDR(&message)), sizeof(fds));
+	NEED(CMSG_FIRSTHDR(&message) && CMSG_FIRSTHDR(&message)->cmsg_len == CMSG_LEN(len));
+	memcpy(fds, CMSG_DATA(CMSG_FIRSTHDR(&message)), len);
 	r->doorbell = fds[2];
 	NEED(exit_ring_map(fds[1], &r->mem, &r->len) == EXIT_RING_OK);
 	NEED(exit_ring_attach(&r->ring, r->mem, r->len) == EXIT_RING_OK);
+	if (r->local) {
+		exit_ring_allow_local(&r->ring);
+		exit_ring_open(&r->ring);
+		close(fds[3]);
+	}
 	close(fds[0]);
 	close(fds[1]);
 	NEED(send(sock, "\1", 1, MSG_NOSIGNAL) == 1);
@@ -140,22 +147,19 @@ static int listen_at(char *path, size_t room)
 	return listener;
 }
 
-static struct vm_round run_round_alone(struct vm *vm, const uint8_t *image, bool overlap)
-{
-	struct vm_round round;
+struct image {
+	int fd;
+	uint8_t *bytes;
+};
 
-	vm_forget_memory(vm);
-	vm->own_uffd = vm_register(vm, true);
-	vm->own_image = image;
-	round = vm_run(vm, overlap);
-	vm->own_image = NULL;
-	vm_unregister(vm, vm->own_uffd);
-	return round;
-}
+enum way { BY_UFFD, BY_RING, BY_OWN_THREAD, WAYS };
 
-static struct vm_round run_round_answered(struct vm *vm, const uint8_t *image, bool exits, bool overlap)
+static const char *const way_names[WAYS] = {"uffd", "ring", "exits"};
+
+static struct vm_round run_round(struct vm *vm, const struct image *image, enum way way, bool overlap)
 {
-	struct resolver r = {.vm = vm, .image = image, .listener = -1, .installed = calloc(vm->pages, sizeof(bool))};
+	bool exits = way != BY_UFFD;
+	struct resolver r = {.vm = vm, .image = image->bytes, .listener = -1, .local = way == BY_OWN_THREAD, .installed = calloc(vm->pages, sizeof(bool))};
 	struct vm_round round;
 	char path[64];
 
@@ -167,7 +171,7 @@ static struct vm_round run_round_answered(struct vm *vm, const uint8_t *image, b
 		r.listener = listen_at(path, sizeof(path));
 	NEED(pthread_create(&r.thread, NULL, resolver_main, &r) == 0);
 	if (exits)
-		vm_connect(vm, path, r.uffd);
+		vm_connect(vm, path, r.uffd, r.local ? image->fd : -1);
 	round = vm_run(vm, overlap);
 	NEED(eventfd_write(r.stop, 1) == 0 && pthread_join(r.thread, NULL) == 0);
 	if (exits) {
@@ -184,19 +188,19 @@ static struct vm_round run_round_answered(struct vm *vm, const uint8_t *image, b
 	return round;
 }
 
-static uint8_t *make_image(size_t pages)
-{
-	uint8_t *image = map_memory(pages * PAGE, false);
 
-	memset(image, 0x5a, pages * PAGE);
+static struct image make_image(size_t pages)
+{
+	struct image image = {.fd = memfd_create("image", MFD_CLOEXEC)};
+
+	NEED(image.fd >= 0 && ftruncate(image.fd, (off_t)(pages * PAGE)) == 0);
+	image.bytes = mmap(NULL, pages * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, image.fd, 0);
+	NEED(image.bytes != MAP_FAILED);
+	memset(image.bytes, 0x5a, pages * PAGE);
 	for (size_t page = 0; page < pages; page++)
-		*(uint64_t *)(image + page * PAGE) = page + 1;
+		*(uint64_t *)(image.bytes + page * PAGE) = page + 1;
 	return image;
 }
-
-enum way { BY_UFFD, BY_EXITS, BY_OWN_THREAD, WAYS };
-
-static const char *const way_names[WAYS] = {"uffd", "exits", "own_thread"};
 
 static void print_rounds(const char *name, const struct vm_round *rounds, unsigned count)
 {
@@ -215,7 +219,7 @@ int main(int argc, char **argv)
 	unsigned count = vcpus ? (unsigned)strtoul(argv[3], NULL, 10) : 0;
 	bool overlap = vcpus && strcmp(argv[4], "overlap") == 0;
 	struct vm_round *rounds[WAYS];
-	uint8_t *image;
+	struct image image;
 	struct vm vm;
 
 	if (!count) {
@@ -230,8 +234,7 @@ int main(int argc, char **argv)
 	}
 	for (unsigned i = 0; i < WAYS * count; i++) {
 		unsigned way = (i + i / WAYS) % WAYS;
-		struct vm_round round = way == BY_OWN_THREAD ? run_round_alone(&vm, image, overlap)
-							     : run_round_answered(&vm, image, way == BY_EXITS, overlap);
+		struct vm_round round = run_round(&vm, &image, way, overlap);
 
 		errno = EIO;
 		NEED(round.wrong == 0);

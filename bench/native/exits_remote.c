@@ -63,7 +63,7 @@ int main(int argc, char **argv)
 	vm_init(&vm, (unsigned)strtoul(argv[2], NULL, 10), strtoul(argv[3], NULL, 10));
 	uffd = vm_register(&vm, exits);
 	if (exits)
-		vm_connect(&vm, argv[5], uffd);
+		vm_connect(&vm, argv[5], uffd, -1);
 	else
 		hand_over(&vm, uffd, argv[5]);
 	round = vm_run(&vm, strcmp(argv[4], "overlap") == 0);

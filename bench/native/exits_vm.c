@@ -151,29 +151,6 @@ static void run_by_exits(struct vm_vcpu *vcpu)
 	}
 }
 
-/* The least that an exit can cost: nobody is asked, the thread that KVM_RUN returned to installs the page. */
-static void run_by_own_thread(struct vm_vcpu *vcpu)
-{
-	const struct vm *vm = vcpu->vm;
-
-	for (;;) {
-		int ret = ioctl(vcpu->fd, KVM_RUN, 0);
-
-		if (ret == 0 && is_done(vcpu))
-			return;
-		if (ret < 0 && errno == EFAULT) {
-			uint64_t offset = (vcpu->run->s.regs.regs.rdi - VM_MEMORY_GPA) & ~(PAGE - 1);
-			struct uffdio_copy copy = {
-				.dst = (uintptr_t)vm->memory + offset, .src = (uintptr_t)vm->own_image + offset, .len = PAGE};
-
-			NEED(ioctl(vm->own_uffd, UFFDIO_COPY, &copy) == 0 || errno == EEXIST);
-			vcpu->exits++;
-			continue;
-		}
-		NEED(ret < 0 && (errno == EINTR || errno == EAGAIN));
-	}
-}
-
 static void run_in_kernel(const struct vm_vcpu *vcpu)
 {
 	int ret;
@@ -197,11 +174,9 @@ static void *vcpu_main(void *argument)
 		vcpu->exits = 0;
 		vcpu->began = now_ns();
 		/* As docs/libpostcopy.md asks of a VMM; with faults in the kernel nobody would read them. */
-		vcpu->run->kvm_valid_regs = vm->pc || vm->own_image ? KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS : 0;
+		vcpu->run->kvm_valid_regs = vm->pc ? KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS : 0;
 		if (vm->pc)
 			run_by_exits(vcpu);
-		else if (vm->own_image)
-			run_by_own_thread(vcpu);
 		else
 			run_in_kernel(vcpu);
 		vcpu->ended = now_ns();
@@ -304,8 +279,9 @@ static const void *boot_memory(void *context, uint64_t gpa, size_t len)
 	return gpa < BOOT_BYTES && len <= BOOT_BYTES - gpa ? vm->boot + gpa : NULL;
 }
 
-void vm_connect(struct vm *vm, const char *path, int uffd)
+void vm_connect(struct vm *vm, const char *path, int uffd, int image_fd)
 {
+	const struct postcopy_image image = {.fd = image_fd};
 	const struct postcopy_region region = {
 		.gpa = VM_MEMORY_GPA, .hva = (uintptr_t)vm->memory, .size = vm->pages * PAGE, .page_size = PAGE};
 	const struct postcopy_config config = {
@@ -316,6 +292,7 @@ void vm_connect(struct vm *vm, const char *path, int uffd)
 		.region_count = 1,
 		.other_memory = boot_memory,
 		.context = vm,
+		.image = image_fd >= 0 ? &image : NULL,
 	};
 
 	errno = -postcopy_connect(path, &config, &vm->pc);

@@ -34,10 +34,7 @@ struct vm {
 	struct vm_vcpu vcpu[VM_VCPUS_MAX];
 	pthread_barrier_t start, end;
 	bool quit;
-	/* Of this round; all unset: absent pages are waited for in the kernel. */
-	struct postcopy *pc;
-	int own_uffd; /* with own_image: vCPUs install what they touch by themselves */
-	const uint8_t *own_image;
+	struct postcopy *pc; /* of this round; NULL: absent pages are waited for in the kernel */
 };
 
 struct vm_round {
@@ -61,8 +58,8 @@ void vm_forget_memory(struct vm *vm);
 int vm_register(const struct vm *vm, bool exits);
 void vm_unregister(const struct vm *vm, int uffd);
 
-/* Connect libpostcopy for a round by exits. */
-void vm_connect(struct vm *vm, const char *path, int uffd);
+/* Connect libpostcopy for a round by exits. image_fd: -1, or the source's file, for vCPUs that install by themselves. */
+void vm_connect(struct vm *vm, const char *path, int uffd, int image_fd);
 void vm_disconnect(struct vm *vm);
 
 /* Nanoseconds of processor time that a KVM_RUN costs which fails at an absent page at once: into the guest and out again. */

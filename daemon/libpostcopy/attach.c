@@ -9,7 +9,8 @@
 #include <time.h>
 #include <unistd.h>
 
-#define DESCRIPTORS 3
+/* uffd, exit_ring, exit_notify, and image if there is one: as message.c names them. */
+#define DESCRIPTORS_MAX 4
 
 static int64_t now_ms(void)
 {
@@ -60,7 +61,8 @@ static int connect_to(const char *path)
 /* Send what the socket takes; the descriptors go with the first bytes. */
 static ssize_t send_some(int sock, const struct postcopy *pc, size_t sent)
 {
-	const int fds[DESCRIPTORS] = { pc->uffd, pc->ring_fd, pc->doorbell };
+	const int fds[DESCRIPTORS_MAX] = { pc->uffd, pc->ring_fd, pc->doorbell, pc->image_fd };
+	const size_t len = (pc->image_fd >= 0 ? DESCRIPTORS_MAX : DESCRIPTORS_MAX - 1) * sizeof(fds[0]);
 	union {
 		char bytes[CMSG_SPACE(sizeof(fds))];
 		struct cmsghdr align;
@@ -72,12 +74,12 @@ static ssize_t send_some(int sock, const struct postcopy *pc, size_t sent)
 		struct cmsghdr *header;
 
 		message.msg_control = control.bytes;
-		message.msg_controllen = sizeof(control.bytes);
+		message.msg_controllen = CMSG_SPACE(len);
 		header = CMSG_FIRSTHDR(&message);
 		header->cmsg_level = SOL_SOCKET;
 		header->cmsg_type = SCM_RIGHTS;
-		header->cmsg_len = CMSG_LEN(sizeof(fds));
-		memcpy(CMSG_DATA(header), fds, sizeof(fds));
+		header->cmsg_len = CMSG_LEN(len);
+		memcpy(CMSG_DATA(header), fds, len);
 	}
 	return sendmsg(sock, &message, MSG_NOSIGNAL);
 }

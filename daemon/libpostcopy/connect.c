@@ -6,6 +6,7 @@
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "attach.h"
@@ -122,7 +123,7 @@ static bool make_ring(struct postcopy *pc, uint32_t vcpus)
 	if (mem == MAP_FAILED)
 		return false;
 	pc->ring_len = len;
-	exit_ring_format(&pc->ring, mem, vcpus, pages);
+	exit_ring_format(&pc->ring, mem, vcpus, pages, pc->image_fd >= 0);
 	return true;
 }
 
@@ -146,11 +147,29 @@ static bool make_descriptors(struct postcopy *pc, int uffd)
 	return pc->uffd >= 0 && pc->doorbell >= 0 && pc->stop_fd >= 0;
 }
 
+/* Map the file, if there is one. Pages behind its end are asked for. */
+static bool map_image(struct postcopy *pc, const struct postcopy_image *image)
+{
+	struct stat st;
+
+	if (!image)
+		return true;
+	pc->image_fd = fcntl(image->fd, F_DUPFD_CLOEXEC, 0);
+	if (pc->image_fd < 0 || fstat(pc->image_fd, &st))
+		return false;
+	pc->image_len = (size_t)st.st_size;
+	pc->image = mmap(NULL, pc->image_len, PROT_READ, MAP_SHARED, pc->image_fd, 0);
+	if (pc->image == MAP_FAILED)
+		pc->image = NULL;
+	return pc->image != NULL;
+}
+
 /* All that the handle owns, and its message. 0 or -errno. */
 static int make_parts(struct postcopy *pc, const char *path, const struct postcopy_config *config)
 {
 	errno = ENOMEM;
-	if (!copy_config(pc, path, config) || !make_descriptors(pc, config->uffd) || !make_ring(pc, config->vcpus) ||
+	if (!copy_config(pc, path, config) || !make_descriptors(pc, config->uffd) || !map_image(pc, config->image) ||
+	    !make_ring(pc, config->vcpus) ||
 	    !make_vcpus(pc, config->vcpus))
 		return -errno;
 	return message_build(pc, &pc->frame, &pc->frame_len);
@@ -166,7 +185,7 @@ int postcopy_connect(const char *path, const struct postcopy_config *config, str
 	pc = calloc(1, sizeof(*pc));
 	if (!pc)
 		return -ENOMEM;
-	pc->uffd = pc->ring_fd = pc->doorbell = pc->stop_fd = pc->socket = -1;
+	pc->uffd = pc->ring_fd = pc->doorbell = pc->stop_fd = pc->image_fd = pc->socket = -1;
 	result = make_parts(pc, path, config);
 	if (!result)
 		result = postcopy_reattach(pc);
@@ -201,11 +220,14 @@ void postcopy_close(struct postcopy *pc)
 		resolve_deinit(&pc->vcpu[i]);
 	if (pc->ring.header)
 		munmap(pc->ring.header, pc->ring_len);
+	if (pc->image)
+		munmap((void *)(uintptr_t)pc->image, pc->image_len);
 	close_one(pc->socket);
 	close_one(pc->uffd);
 	close_one(pc->ring_fd);
 	close_one(pc->doorbell);
 	close_one(pc->stop_fd);
+	close_one(pc->image_fd);
 	free(pc->vcpu);
 	free(pc->frame);
 	free(pc->region);

@@ -32,6 +32,9 @@ struct postcopy {
 	int ring_fd;
 	int doorbell;
 	int stop_fd;
+	int image_fd; /* -1: the image is not at hand */
+	const uint8_t *image;
+	size_t image_len;
 	int socket; /* -1: not connected */
 	uint8_t *frame; /* the hand-off message */
 	size_t frame_len;

@@ -52,6 +52,11 @@ struct postcopy_range {
 	uint64_t size;
 };
 
+/* The file that the page source serves, at hand: pages lie in it at their image_offset. */
+struct postcopy_image {
+	int fd; /* readable; stays the caller's */
+};
+
 struct postcopy_config {
 	size_t config_size; /* sizeof(struct postcopy_config) */
 	int uffd;	    /* stays the caller's; the library keeps a duplicate */
@@ -65,6 +70,9 @@ struct postcopy_config {
 	const void *(*other_memory)(void *context, uint64_t gpa, size_t len);
 	void *context;
 	uint32_t timeout_ms; /* for the daemon's acknowledgement; 0: 5 s */
+	/* NULL: none. With it a vCPU's own thread installs what its exit was about, if the daemon finds the file to be the
+	 * source's own; else, and for everything else, it asks. See docs/libpostcopy.md, "The image at hand". */
+	const struct postcopy_image *image;
 };
 
 /* Hand the memory over to the daemon that listens at `path` and wait for its acknowledgement. Config and path are copied.

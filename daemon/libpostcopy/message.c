@@ -58,7 +58,8 @@ int message_build(const struct postcopy *pc, uint8_t **frame, size_t *len)
 	append(&text, "{\"type\":\"handoff\",\"version\":0,\"vmm_pid\":%u,\"mode\":\"MISSING\",\"regions\":[",
 	       (unsigned)getpid());
 	append_regions(&text, pc);
-	append(&text, "],\"descriptors\":[\"uffd\",\"exit_ring\",\"exit_notify\"],\"vcpus\":%u,\"pinned\":[", pc->ring.vcpus);
+	append(&text, "],\"descriptors\":[\"uffd\",\"exit_ring\",\"exit_notify\"%s],\"vcpus\":%u,\"pinned\":[",
+	       pc->image_fd >= 0 ? ",\"image\"" : "", pc->ring.vcpus);
 	append_pinned(&text, pc);
 	append(&text, "]}");
 	/* vsnprintf wants room for its terminator too. */

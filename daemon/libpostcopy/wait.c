@@ -6,22 +6,12 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "local.h"
 #include "memory.h"
 
 /* FUTEX_WAIT without a time-out is restarted after a handler with SA_RESTART, and the kick would be lost; with one it
  * returns EINTR whatever the handler's flags. Source: kernel/futex/waitwake.c, ERESTARTSYS and ERESTART_RESTARTBLOCK. */
 static const struct timespec one_day = { .tv_sec = 86400 };
-
-static void ring_doorbell(struct postcopy *pc)
-{
-	uint64_t one = 1;
-	ssize_t written;
-
-	/* EAGAIN: the counter is full, so the daemon has been rung already. */
-	do
-		written = write(pc->doorbell, &one, sizeof(one));
-	while (written < 0 && errno == EINTR);
-}
 
 static bool take_kick(struct vcpu_side *vcpu)
 {
@@ -73,6 +63,8 @@ enum postcopy_wait postcopy_wait(struct postcopy *pc, uint32_t vcpu_index)
 {
 	struct vcpu_side *vcpu = &pc->vcpu[vcpu_index];
 
+	if (vcpu->want_count && !vcpu->lane.count)
+		local_install(pc, vcpu);
 	if (vcpu->want_count && !vcpu->lane.count &&
 		 exit_lane_post(&vcpu->lane, vcpu->want, vcpu->want_count, vcpu->want_flags))
 		ring_doorbell(pc);

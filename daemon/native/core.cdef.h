@@ -53,7 +53,7 @@ struct state_header {
 /* pager.h */
 enum lane { LANE_DEMAND, LANE_BULK, LANES };
 enum pager_signal { PAGER_SEND = 1, PAGER_MORE = 2, PAGER_STALLED = 4, PAGER_GONE = 8, PAGER_SHORT = 16, PAGER_FAILED = 32,
-	PAGER_DISTRUST = 64, PAGER_RING_BROKEN = 128, PAGER_ANSWERS = 256 };
+	PAGER_DISTRUST = 64, PAGER_RING_BROKEN = 128, PAGER_ANSWERS = 256, PAGER_HELD = 512 };
 struct pager_failure { uint32_t op; int32_t error; uint64_t addr; uint64_t len_bytes; };
 struct pager_stats {
 	uint64_t pages, missing, requested, present, zero;
@@ -92,7 +92,7 @@ bool pager_is_complete(const struct pager *pager);
 int pager_release(struct pager *pager);
 bool pager_let_go(struct pager *pager);
 bool pager_poison_missing(struct pager *pager);
-int pager_attach_ring(struct pager *pager, void *mem, size_t len);
+int pager_attach_ring(struct pager *pager, void *mem, size_t len, bool local);
 unsigned pager_on_doorbell(struct pager *pager, int doorbell);
 struct pager_answer { uint64_t page; uint64_t len_bytes; uint32_t vcpu; uint32_t zero; };
 void pager_forward_exits(struct pager *pager);
@@ -105,6 +105,7 @@ void pager_want_gpa(struct pager *pager, uint64_t gpa, uint64_t len_bytes);
 const char *exit_ring_error_text(int error);
 int exit_ring_map(int fd, void **mem, size_t *len);
 void exit_ring_unmap(void *mem, size_t len);
+uint64_t file_epoch_of(int fd);
 #define WAITER_EXIT ...
 #define REGION_NO_GPA ...
 #define EXIT_RING_OUTSIDE ...

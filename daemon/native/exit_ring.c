@@ -156,7 +156,10 @@ int exit_ring_attach(struct exit_ring *ring, void *mem, size_t len)
 		return error;
 	}
 	disarm(ring);
-	WRITE_RELEASE(ring->header->accepted, ring->features);
+	WRITE_RELEASE(ring->header->accepted, ring->features & ~EXIT_RING_LOCAL);
+	/* An earlier daemon allowed it, and vCPUs may be in the middle of it now. */
+	if (READ_RELAXED(ring->header->local) != EXIT_LOCAL_UNSAID)
+		exit_ring_allow_local(ring);
 	return EXIT_RING_OK;
 }
 
@@ -166,6 +169,42 @@ void exit_ring_detach(struct exit_ring *ring)
 	ring->lane = NULL;
 	ring->header = NULL;
 	ring->vcpus = 0;
+}
+
+void exit_ring_allow_local(struct exit_ring *ring)
+{
+	if (!(ring->features & EXIT_RING_LOCAL) || READ_RELAXED(ring->header->local) == EXIT_LOCAL_SHUT)
+		return;
+	ring->local = true;
+	__atomic_store_n(&ring->header->local, (uint32_t)EXIT_LOCAL_HELD, __ATOMIC_SEQ_CST);
+	WRITE_RELEASE(ring->header->accepted, ring->features);
+}
+
+/* Store, then look: a vCPU says that it installs, then looks at `local`. In the one order of sequentially consistent operations
+ * one of the two sees the other. */
+bool exit_ring_hold(struct exit_ring *ring)
+{
+	if (!ring->local)
+		return true;
+	__atomic_store_n(&ring->header->local, (uint32_t)EXIT_LOCAL_HELD, __ATOMIC_SEQ_CST);
+	for (uint32_t vcpu = 0; vcpu < ring->vcpus; vcpu++)
+		if (__atomic_load_n(&lane_of(ring, vcpu)->installing, __ATOMIC_SEQ_CST))
+			return false;
+	return true;
+}
+
+void exit_ring_open(struct exit_ring *ring)
+{
+	if (ring->local)
+		__atomic_store_n(&ring->header->local, (uint32_t)EXIT_LOCAL_OPEN, __ATOMIC_SEQ_CST);
+}
+
+void exit_ring_shut(struct exit_ring *ring)
+{
+	if (!ring->local)
+		return;
+	ring->local = false;
+	__atomic_store_n(&ring->header->local, (uint32_t)EXIT_LOCAL_SHUT, __ATOMIC_SEQ_CST);
 }
 
 /* Move the VMM's pending bits into the backlog. */

@@ -68,6 +68,7 @@ struct exit_ring {
 	uint64_t features;
 	uint64_t *residency; /* NULL without the feature */
 	uint64_t residency_pages;
+	bool local; /* vCPUs may install, between holds */
 	struct exit_lane *lane;
 	uint64_t backlog[EXIT_RING_PENDING_WORDS]; /* lanes known to have something new */
 	uint32_t cursor;			   /* where the next drain begins, so that no lane starves */
@@ -84,6 +85,19 @@ void exit_ring_unmap(void *mem, size_t len);
  * is kept. */
 int exit_ring_attach(struct exit_ring *ring, void *mem, size_t len);
 void exit_ring_detach(struct exit_ring *ring);
+
+/* Feature LOCAL: let vCPUs' threads install what they miss from a file that the caller found to be the source's own. Until the
+ * first exit_ring_open they are held, so that what an earlier daemon had read is acted upon before. Nothing happens after SHUT,
+ * or without the feature; exit_ring_attach does it where an earlier daemon had. */
+void exit_ring_allow_local(struct exit_ring *ring);
+
+/* Before the userfaultfd is read: from now on nobody begins to install. False: somebody is in the middle of it, who will ring
+ * the doorbell; nothing may be read until a call says true. For who never was allowed, always true. */
+bool exit_ring_hold(struct exit_ring *ring);
+/* After what was read is acted upon. */
+void exit_ring_open(struct exit_ring *ring);
+/* Memory was given back, moved or lost: nobody installs by himself any more. Within hold, or where it does not matter. */
+void exit_ring_shut(struct exit_ring *ring);
 
 /* Take up to `max` (> 0) faults; *count says how many, also on error: those before the bad one. *count == max: there may be
  * more. After an error the ring must not be used but for exit_ring_detach. */

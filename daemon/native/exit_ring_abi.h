@@ -25,10 +25,19 @@
 
 /* header.features and header.accepted */
 #define EXIT_RING_RESIDENCY 1ull
-#define EXIT_RING_FEATURES EXIT_RING_RESIDENCY
+#define EXIT_RING_LOCAL 2ull /* vCPUs' threads may install pages themselves, from the source's own file */
+#define EXIT_RING_FEATURES (EXIT_RING_RESIDENCY | EXIT_RING_LOCAL)
 
 /* header.state */
 enum exit_ring_state { EXIT_RING_SERVING = 0, EXIT_RING_COMPLETE = 1 };
+
+/* header.local: whether a vCPU's thread may install now. Only OPEN lets it; a VMM that is not told asks the daemon. */
+enum exit_ring_local {
+	EXIT_LOCAL_UNSAID = 0,
+	EXIT_LOCAL_OPEN = 1,
+	EXIT_LOCAL_HELD = 2, /* the daemon reads the userfaultfd: whoever finishes an install rings the doorbell */
+	EXIT_LOCAL_SHUT = 3, /* for good: memory was given back, so what is absent is not the image's any more */
+};
 
 /* exit_ring_fault.flags: what the access was, where it is known. */
 #define EXIT_FAULT_READ 1u
@@ -65,7 +74,8 @@ struct exit_ring_lane {
 	uint32_t fault_head;
 	uint32_t done_tail;
 	uint32_t sleeping;
-	uint32_t reserved_vmm[13];
+	uint32_t installing; /* 1: the vCPU's thread has looked at `local` or is about to, and may install */
+	uint32_t reserved_vmm[12];
 	/* The daemon's line. */
 	uint32_t fault_tail;
 	uint32_t done_head;
@@ -93,7 +103,8 @@ struct exit_ring_header {
 	/* The daemon's line. */
 	uint64_t accepted; /* the features that the daemon serves */
 	uint32_t state;
-	uint32_t reserved_daemon[13];
+	uint32_t local; /* enum exit_ring_local */
+	uint32_t reserved_daemon[12];
 	/* Both sides': 1 while the daemon wants the doorbell rung. */
 	uint32_t armed;
 	uint32_t reserved_armed[31];
@@ -115,6 +126,7 @@ _Static_assert(sizeof(struct exit_ring_fault) == 32, "fault entry");
 _Static_assert(offsetof(struct exit_ring_fault, flags) == 16, "fault entry");
 _Static_assert(sizeof(struct exit_ring_completion) == 32, "completion entry");
 _Static_assert(offsetof(struct exit_ring_completion, status) == 16, "completion entry");
+_Static_assert(offsetof(struct exit_ring_lane, installing) == 12, "lane: VMM's line");
 _Static_assert(offsetof(struct exit_ring_lane, fault_tail) == 64, "lane: daemon's line");
 _Static_assert(offsetof(struct exit_ring_lane, wake) == 128, "lane: futex word");
 _Static_assert(offsetof(struct exit_ring_lane, fault) == 192, "lane: faults");
@@ -122,6 +134,7 @@ _Static_assert(offsetof(struct exit_ring_lane, completion) == 704, "lane: comple
 _Static_assert(sizeof(struct exit_ring_lane) == 1280, "lane: a multiple of two cache lines");
 _Static_assert(offsetof(struct exit_ring_header, residency_pages) == 56, "header: geometry");
 _Static_assert(offsetof(struct exit_ring_header, accepted) == 64, "header: daemon's line");
+_Static_assert(offsetof(struct exit_ring_header, local) == 76, "header: daemon's line");
 _Static_assert(offsetof(struct exit_ring_header, armed) == 128, "header: doorbell");
 _Static_assert(offsetof(struct exit_ring_header, pending) == 256, "header: pending lanes");
 _Static_assert(sizeof(struct exit_ring_header) == 768, "header");

@@ -19,12 +19,12 @@ uint64_t exit_ring_bytes(uint32_t vcpus, uint64_t residency_pages)
 	return (residency_offset(vcpus) + (residency_pages + 63) / 64 * 8 + 4095) & ~4095ull;
 }
 
-void exit_ring_format(struct exit_ring_end *end, void *mem, uint32_t vcpus, uint64_t residency_pages)
+void exit_ring_format(struct exit_ring_end *end, void *mem, uint32_t vcpus, uint64_t residency_pages, bool local)
 {
 	struct exit_ring_header *header = mem;
 
 	end->header = header;
-	end->residency = (const uint64_t *)((const char *)mem + residency_offset(vcpus));
+	end->residency = (uint64_t *)((char *)mem + residency_offset(vcpus));
 	end->residency_pages = residency_pages;
 	end->vcpus = vcpus;
 
@@ -32,7 +32,7 @@ void exit_ring_format(struct exit_ring_end *end, void *mem, uint32_t vcpus, uint
 	header->version = EXIT_RING_VERSION;
 	header->vcpus = vcpus;
 	header->total_bytes = exit_ring_bytes(vcpus, residency_pages);
-	header->features = residency_pages ? EXIT_RING_RESIDENCY : 0;
+	header->features = (residency_pages ? EXIT_RING_RESIDENCY : 0) | (local ? EXIT_RING_LOCAL : 0);
 	header->entries = EXIT_RING_ENTRIES;
 	header->lane_bytes = sizeof(struct exit_ring_lane);
 	header->lane_offset = LANE_OFFSET;
@@ -147,6 +147,25 @@ void exit_lane_rouse(struct exit_lane_end *end)
 void exit_lane_nudge(struct exit_lane_end *end)
 {
 	__atomic_fetch_add(&end->lane->wake, 1, __ATOMIC_SEQ_CST);
+}
+
+bool exit_lane_enter(struct exit_lane_end *end)
+{
+	__atomic_store_n(&end->lane->installing, 1, __ATOMIC_SEQ_CST);
+	/* Whoever holds looks at `installing` after changing this. A VMM that did not hand a file over finds UNSAID. */
+	return __atomic_load_n(&end->header->local, __ATOMIC_SEQ_CST) == EXIT_LOCAL_OPEN;
+}
+
+bool exit_lane_leave(struct exit_lane_end *end)
+{
+	__atomic_store_n(&end->lane->installing, 0, __ATOMIC_SEQ_CST);
+	return __atomic_load_n(&end->header->local, __ATOMIC_SEQ_CST) == EXIT_LOCAL_HELD;
+}
+
+void exit_ring_note_resident(const struct exit_ring_end *end, uint64_t page, uint64_t count)
+{
+	for (uint64_t at = page; at < page + count && at < end->residency_pages; at++)
+		__atomic_fetch_or(&end->residency[at / 64], 1ull << at % 64, __ATOMIC_RELEASE);
 }
 
 bool exit_ring_is_resident(const struct exit_ring_end *end, uint64_t page)

@@ -15,7 +15,7 @@
 /* The VMM's end of a ring. Geometry is kept here and never read back from shared memory. */
 struct exit_ring_end {
 	struct exit_ring_header *header;
-	const uint64_t *residency;
+	uint64_t *residency;
 	uint64_t residency_pages;
 	uint32_t vcpus;
 };
@@ -43,8 +43,8 @@ enum exit_lane_state {
 /* Bytes of a ring for so many vCPUs and pages of image; 0 if that is too many of either. */
 uint64_t exit_ring_bytes(uint32_t vcpus, uint64_t residency_pages);
 
-/* Make a ring in `mem`, exit_ring_bytes() long and zero. No residency bitmap for 0 pages. */
-void exit_ring_format(struct exit_ring_end *end, void *mem, uint32_t vcpus, uint64_t residency_pages);
+/* Make a ring in `mem`, exit_ring_bytes() long and zero. No residency bitmap for 0 pages. local: the image is at hand. */
+void exit_ring_format(struct exit_ring_end *end, void *mem, uint32_t vcpus, uint64_t residency_pages, bool local);
 
 /* vcpu < vcpus */
 void exit_lane_init(struct exit_lane_end *end, const struct exit_ring_end *ring, uint32_t vcpu);
@@ -69,6 +69,15 @@ void exit_lane_rouse(struct exit_lane_end *end);
 /* Change the futex word, so that a vCPU between doze and FUTEX_WAIT does not sleep; follow with FUTEX_WAKE. Any thread, and
  * from a signal handler. */
 void exit_lane_nudge(struct exit_lane_end *end);
+
+/* Feature LOCAL: say that the vCPU's thread is about to install a page. True: it may, until exit_lane_leave. False: it may not,
+ * and must ask. Either way leave. */
+bool exit_lane_enter(struct exit_lane_end *end);
+/* True: the daemon waits for this, write its doorbell. */
+bool exit_lane_leave(struct exit_lane_end *end);
+
+/* Note that 4 KiB pages of the image are in guest memory, between enter and leave. */
+void exit_ring_note_resident(const struct exit_ring_end *end, uint64_t page, uint64_t count);
 
 /* Whether the daemon says that 4 KiB page `page` of the image is in guest memory. False where nobody knows. */
 bool exit_ring_is_resident(const struct exit_ring_end *end, uint64_t page);

@@ -10,8 +10,7 @@
 #include <sys/vfs.h>
 #include <unistd.h>
 
-#define XXH_INLINE_ALL
-#include <xxhash.h>
+#include "file_epoch.h"
 
 #ifndef RAMFS_MAGIC
 #define RAMFS_MAGIC 0x858458f6
@@ -64,19 +63,6 @@ static bool is_in_memory(int fd)
     }
 }
 
-static uint64_t derive_epoch(const struct stat *st)
-{
-    const uint64_t identity[] = {
-        st->st_dev,
-        st->st_ino,
-        (uint64_t)st->st_size,
-        (uint64_t)st->st_mtim.tv_sec * 1000000000u + (uint64_t)st->st_mtim.tv_nsec,
-    };
-    uint64_t epoch = XXH3_64bits(identity, sizeof identity);
-
-    return epoch ? epoch : 1;
-}
-
 static int check_file(const struct stat *st)
 {
     if (!S_ISREG(st->st_mode))
@@ -96,7 +82,7 @@ static void image_init(struct image *image, int fd, const struct stat *st, uint6
      */
     image->page_size = image->in_memory && st->st_blksize > IMAGE_PAGE ? (uint32_t)st->st_blksize : IMAGE_PAGE;
     image->size = (uint64_t)st->st_size;
-    image->epoch = epoch ? epoch : derive_epoch(st);
+    image->epoch = epoch ? epoch : file_epoch(st);
     /* ENXIO: the file is one hole. EINVAL: the file system does not know. */
     image->has_holes = lseek(fd, 0, SEEK_DATA) >= 0 || errno == ENXIO;
     atomic_init(&image->users, 1);

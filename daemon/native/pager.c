@@ -329,6 +329,9 @@ static void on_fork(struct pager *p, int child)
 static void on_message(struct pager *p, const struct uffd_msg *m, uint64_t now_ns)
 {
 	p->counters->messages++;
+	/* From here on what is absent need not be the image's. */
+	if (p->ring && m->event != UFFD_EVENT_PAGEFAULT)
+		exit_ring_shut(p->ring);
 	switch (m->event) {
 	case UFFD_EVENT_PAGEFAULT:
 		on_fault(p, m, now_ns);
@@ -379,6 +382,8 @@ static void work_old_inbox(struct pager *p)
 
 unsigned pager_drain(struct pager *p)
 {
+	bool held = false;
+
 	if (p->draining)
 		return 0;
 	p->draining = true;
@@ -387,8 +392,16 @@ unsigned pager_drain(struct pager *p)
 		p->inherited = false;
 	}
 	for (int round = 0; round < DRAIN_ROUNDS; round++) {
-		ssize_t n = p->edge->read(p->uffd, p->inbox, STATE_INBOX_SLOTS * sizeof(p->inbox[0]));
+		ssize_t n;
 
+		/* A thread that gives memory back goes on as soon as its event is read: then no vCPU may be in the middle of
+		 * installing what lay there. */
+		if (p->ring && !exit_ring_hold(p->ring)) {
+			p->signals |= PAGER_HELD | PAGER_STALLED;
+			held = true;
+			break;
+		}
+		n = p->edge->read(p->uffd, p->inbox, STATE_INBOX_SLOTS * sizeof(p->inbox[0]));
 		if (n > 0) {
 			CRASH_POINT("inbox.read");
 			work_inbox(p);
@@ -401,6 +414,8 @@ unsigned pager_drain(struct pager *p)
 		}
 		break;
 	}
+	if (p->ring && !held)
+		exit_ring_open(p->ring);
 	if (p->ring)
 		pager_drain_exits(p);
 	p->draining = false;

@@ -40,6 +40,7 @@ enum pager_signal {
 	PAGER_FAILED = 32,  /* the kernel answered outside of all policy: pager.failure */
 	PAGER_RING_BROKEN = 128, /* the exit ring is not served any more: pager.ring_error */
 	PAGER_ANSWERS = 256, /* forwarded exits were answered: pager_take_answers */
+	PAGER_HELD = 512, /* the userfaultfd was not read, as a vCPU installs a page: again at its doorbell, or later */
 	PAGER_DISTRUST = 64 /* the stream's replies make no sense: drop the connection */
 };
 
@@ -176,8 +177,8 @@ bool pager_poison_missing(struct pager *pager);
 #define EXIT_RING_OUTSIDE -100 /* a fault at an address that no region has */
 
 /* Serve the exit ring in `mem`, which outlives the pager: a fresh one, or one that an earlier process served. 0, or an
- * error of exit_ring.h. */
-int pager_attach_ring(struct pager *pager, void *mem, size_t len);
+ * error of exit_ring.h. local: the VMM has the source's own file, and its vCPUs may install from it. */
+int pager_attach_ring(struct pager *pager, void *mem, size_t len, bool local);
 
 /* The ring's doorbell is readable: empty it, then drain everything. */
 unsigned pager_on_doorbell(struct pager *pager, int doorbell);

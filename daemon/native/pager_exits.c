@@ -75,6 +75,7 @@ static void break_ring(struct pager *p, int error)
 {
 	/* Its vCPUs wait on: what a broken ring asks for cannot be told from nonsense. */
 	p->ring_error = error;
+	exit_ring_shut(p->ring);
 	exit_ring_detach(p->ring);
 	p->ring = NULL;
 	p->signals |= PAGER_RING_BROKEN;
@@ -133,7 +134,7 @@ unsigned pager_on_doorbell(struct pager *p, int doorbell)
 	return pager_drain(p);
 }
 
-int pager_attach_ring(struct pager *p, void *mem, size_t len)
+int pager_attach_ring(struct pager *p, void *mem, size_t len, bool local)
 {
 	int error = exit_ring_attach(&p->ring_memory, mem, len);
 	uint64_t page = 0;
@@ -141,6 +142,8 @@ int pager_attach_ring(struct pager *p, void *mem, size_t len)
 	if (error)
 		return error;
 	p->ring = &p->ring_memory;
+	if (local)
+		exit_ring_allow_local(p->ring);
 	p->waiters.answered = on_answered;
 	p->waiters.context = p;
 	while (page < p->ledger.pages) {

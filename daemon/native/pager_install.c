@@ -434,6 +434,8 @@ bool pager_poison_missing(struct pager *p)
 	uint64_t page = 0;
 
 	p->poisoned = true;
+	if (p->ring)
+		exit_ring_shut(p->ring);
 	while (page < p->ledger.pages) {
 		uint64_t run = ledger_run(&p->ledger, absent, page, p->ledger.pages), done;
 		const struct extent *e;

@@ -61,7 +61,8 @@ class Demultiplexer:
         self._handler = handler
         self._loop = asyncio.get_running_loop()
         self._urgency = Urgency.of_running_loop()
-        self._urgent: list[int] = []
+        self._urgent_uffd: int | None = None
+        self._urgent_doorbell: int | None = None
         self._retry: asyncio.TimerHandle | None = None
         self._retry_s = 0.0
         self._short = False
@@ -71,21 +72,21 @@ class Demultiplexer:
     def start(self) -> None:
         """Begin to watch; answers at once what is waiting already."""
         self._watching = True
-        self._loop.add_reader(self._uffd, self.drain)
-        self._urgent.append(self._urgency.watch(self._uffd))
+        self._watch_uffd()
         if self._doorbell is not None:
             self._loop.add_reader(self._doorbell, self._on_doorbell, self._doorbell)
-            self._urgent.append(self._urgency.watch(self._doorbell))
+            self._urgent_doorbell = self._urgency.watch(self._doorbell)
         self.drain()
 
     def stop(self) -> None:
         """Watch no more; idempotent. The descriptor stays open."""
         if self._watching:
-            self._loop.remove_reader(self._uffd)
+            self._unwatch_uffd()
             if self._doorbell is not None:
                 self._loop.remove_reader(self._doorbell)
-            while self._urgent:
-                self._urgency.forget(self._urgent.pop())
+            if self._urgent_doorbell is not None:
+                self._urgency.forget(self._urgent_doorbell)
+                self._urgent_doorbell = None
             self._watching = False
         if self._retry is not None:
             self._retry.cancel()
@@ -96,7 +97,19 @@ class Demultiplexer:
         if self._watching:
             self.dispatch(self._pager.drain())
 
+    def _watch_uffd(self) -> None:
+        if self._urgent_uffd is None:
+            self._loop.add_reader(self._uffd, self.drain)
+            self._urgent_uffd = self._urgency.watch(self._uffd)
+
+    def _unwatch_uffd(self) -> None:
+        if self._urgent_uffd is not None:
+            self._loop.remove_reader(self._uffd)
+            self._urgency.forget(self._urgent_uffd)
+            self._urgent_uffd = None
+
     def _on_doorbell(self, doorbell: int) -> None:
+        self._watch_uffd()
         self.dispatch(self._pager.on_doorbell(doorbell))
 
     def dispatch(self, signals: int) -> None:
@@ -124,6 +137,9 @@ class Demultiplexer:
             self._handler.on_answers()
         if signals & Signal.SHORT:
             self._on_short()
+        if signals & Signal.HELD:
+            # It stays readable, and nothing can be done about it until the vCPU is through: it rings the doorbell then.
+            self._unwatch_uffd()
         if signals & Signal.STALLED:
             self._retry_later()
         if signals & Signal.MORE:
@@ -140,6 +156,7 @@ class Demultiplexer:
 
     def _retry_now(self) -> None:
         self._retry = None
+        self._watch_uffd()
         signals = self._pager.drain() | self._pager.retry()
         if self._short:
             # Asking for pages again is how memory is tried, also by the push.

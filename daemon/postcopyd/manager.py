@@ -23,7 +23,7 @@ from .errors import (
     SourceError,
 )
 from .fetcher import TOTAL_WINDOW_BYTES
-from .handoff.message import EXIT_NOTIFY, EXIT_RING
+from .handoff.message import EXIT_NOTIFY, EXIT_RING, IMAGE
 from .handoff.message import STATE as PRESENTED_STATE
 from .handoff.socket import HandoffListener
 from .pacing import Shares
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-SERVED = frozenset({UFFD, EXIT_RING, EXIT_NOTIFY, PRESENTED_STATE})
+SERVED = frozenset({UFFD, EXIT_RING, EXIT_NOTIFY, IMAGE, PRESENTED_STATE})
 """Descriptors of a framed hand-off that a session uses."""
 
 FINISHED_KEPT = 64

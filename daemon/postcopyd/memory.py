@@ -9,12 +9,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import msgspec
+import structlog
 
+from ._native.core import lib
 from .attachment import STATE, Attachment, Phase, SessionRecord
 from .errors import Code, HandoffError, InvariantError, KernelError
 from .exit_socket import ExitJournal
 from .guest_memfd import GuestMemfd
 from .handoff.descriptors import kind_of
+from .handoff.message import IMAGE
 from .handoff.message import STATE as PRESENTED_STATE
 from .pager import Pager, PagerStats, probe_registered
 from .state_memory import StateMemory
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     from .handoff.regions import MemoryRegion
     from .status import MigrationSpec, MigrationStatus, ThreadBlocktime
     from .transport import ImageInfo
+
+log = structlog.get_logger(__name__)
 
 EVENTFD_KIND = "anon_inode:[eventfd]"
 
@@ -97,7 +102,8 @@ class Memory:
                 raise
         memory = cls(vmm, state, pager, guest_memfd)
         try:
-            memory._attach_exits()
+            # Once memory was given back, what is absent need not be the image's.
+            memory._attach_exits(local=pager.stats().removed == 0 and _has_image(handoff, image.epoch))
             memory.note(kinds=tuple(memory.descriptors()))
         except BaseException:
             memory.let_go()
@@ -122,8 +128,11 @@ class Memory:
             raise
         return memory
 
-    def _attach_exits(self) -> None:
-        """Serve the VMM's exit ring, if it has one, and ask for what must be there before a vCPU runs."""
+    def _attach_exits(self, *, local: bool = False) -> None:
+        """Serve the VMM's exit ring, if it has one, and ask for what must be there before a vCPU runs.
+
+        local: its vCPUs' threads may install pages by themselves; where they did so before, they may in any case.
+        """
         ring, doorbell = self.vmm.ring, self.vmm.doorbell
         if (ring is None) is not (doorbell is None):
             raise HandoffError(
@@ -135,7 +144,7 @@ class Memory:
                 Code.EXIT_RING_BROKEN, f"the exit ring's doorbell is no eventfd but {kind[:40]!a}"
             )
         if ring is not None:
-            self.pager.attach_ring(ring.fileno())
+            self.pager.attach_ring(ring.fileno(), local=local)
         if self.record.exits is not None:
             self.pager.forward_exits()
         for pinned in self.record.pinned:
@@ -233,6 +242,22 @@ def _guest_memfd(vmm: Attachment) -> GuestMemfd | None:
     if vmm.guest_memfd is None or vmm.bitmap is None:
         return None
     return GuestMemfd(vmm.uffd.fileno(), vmm.guest_memfd.fileno(), vmm.bitmap.fileno(), vmm.record.regions)
+
+
+def _has_image(handoff: Handoff, epoch: int) -> bool:
+    """Whether the VMM's own copy of the content is the very file that the source serves, unchanged.
+
+    Only then do its vCPUs install from it; otherwise they ask, which is slower and right. A source on another host, or
+    one that was told an epoch, cannot be compared.
+    """
+    file = handoff.extras.get(IMAGE)
+    if file is None:
+        return False
+    with file:
+        found = lib.file_epoch_of(file.fileno())
+    if found != epoch:
+        log.warning("exits.not_local", pid=handoff.vmm_pid, detail="the VMM's image is not the source's file")
+    return found == epoch
 
 
 def _edge(guest_memfd: GuestMemfd | None) -> CData | None:

@@ -54,6 +54,7 @@ class Signal(IntFlag):
     DISTRUST = 64
     RING_BROKEN = 128
     ANSWERS = 256
+    HELD = 512
 
 
 class Lane(IntEnum):
@@ -183,8 +184,10 @@ class Pager:
             for r in self._pager.region[0 : self._pager.state.regions]
         ]
 
-    def attach_ring(self, fd: int) -> None:
+    def attach_ring(self, fd: int, *, local: bool = False) -> None:
         """Serve the fault exits of vCPUs in the ring that `fd`, a sealed memfd, holds; `fd` stays the caller's.
+
+        local: the VMM has the source's own file, so its vCPUs' threads may install pages by themselves.
 
         Raises:
             HandoffError: EXIT_RING_BROKEN: not a ring that can be served.
@@ -193,7 +196,7 @@ class Pager:
         error = lib.exit_ring_map(fd, memory, length)
         if error == 0:
             self._ring = (memory[0], length[0])
-            error = lib.pager_attach_ring(self._pager, *self._ring)
+            error = lib.pager_attach_ring(self._pager, *self._ring, local)
         if error:
             self._unmap_ring()
             raise _ring_error(error)

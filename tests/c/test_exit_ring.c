@@ -31,7 +31,7 @@ static void format(void)
 	pair.len = exit_ring_bytes(VCPUS, PAGES);
 	pair.mem = aligned_alloc(4096, pair.len);
 	memset(pair.mem, 0, pair.len);
-	exit_ring_format(&pair.vmm, pair.mem, VCPUS, PAGES);
+	exit_ring_format(&pair.vmm, pair.mem, VCPUS, PAGES, false);
 	for (uint32_t i = 0; i < VCPUS; i++)
 		exit_lane_init(&pair.lane[i], &pair.vmm, i);
 }
@@ -308,7 +308,7 @@ static void no_geometry_leads_outside(void)
 
 	try_geometry(FIELD(magic), 0, 8, EXIT_RING_NOT_RING);
 	try_geometry(FIELD(version), 2, 4, EXIT_RING_OTHER_VERSION);
-	try_geometry(FIELD(features), 3, 8, EXIT_RING_OTHER_FEATURES);
+	try_geometry(FIELD(features), 4, 8, EXIT_RING_OTHER_FEATURES);
 	try_geometry(FIELD(total_bytes), len + 1, 8, EXIT_RING_TOO_SMALL);
 	try_geometry(FIELD(total_bytes), UINT64_MAX, 8, EXIT_RING_TOO_SMALL);
 	try_geometry(FIELD(total_bytes), 1024, 8, EXIT_RING_BAD_GEOMETRY);
@@ -374,6 +374,77 @@ static void marks_are_seen_page_by_page(void)
 }
 
 /* FUTEX_WAIT compares the word with what doze returned: every reason to wake must have changed it. */
+static void begin_local(void)
+{
+	format();
+	pair.vmm.header->features |= EXIT_RING_LOCAL;
+	CHECK_EQ(exit_ring_attach(&pair.ring, pair.mem, pair.len), EXIT_RING_OK);
+}
+
+static void nobody_installs_before_it_is_allowed(void)
+{
+	begin_local();
+	CHECK(!exit_lane_enter(&pair.lane[3]));
+	CHECK(!exit_lane_leave(&pair.lane[3]));
+	CHECK(exit_ring_hold(&pair.ring));
+	exit_ring_open(&pair.ring);
+	CHECK(!exit_lane_enter(&pair.lane[3]));
+	exit_lane_leave(&pair.lane[3]);
+	exit_ring_allow_local(&pair.ring);
+	CHECK(!exit_lane_enter(&pair.lane[3])); /* held until the daemon has looked */
+	CHECK(exit_lane_leave(&pair.lane[3]));
+	exit_ring_open(&pair.ring);
+	CHECK(exit_lane_enter(&pair.lane[3]));
+	CHECK(!exit_lane_leave(&pair.lane[3]));
+	end();
+	begin(); /* without the feature */
+	exit_ring_allow_local(&pair.ring);
+	exit_ring_open(&pair.ring);
+	CHECK(!exit_lane_enter(&pair.lane[3]));
+	exit_lane_leave(&pair.lane[3]);
+	end();
+}
+
+static void who_installs_holds_the_reader_up_and_says_when_it_is_done(void)
+{
+	begin_local();
+	exit_ring_allow_local(&pair.ring);
+	exit_ring_open(&pair.ring);
+	CHECK(exit_lane_enter(&pair.lane[0]));
+	CHECK(exit_lane_enter(&pair.lane[VCPUS - 1]));
+	CHECK(!exit_ring_hold(&pair.ring));
+	CHECK(!exit_lane_enter(&pair.lane[1])); /* from now on nobody begins */
+	CHECK(exit_lane_leave(&pair.lane[1]));
+	CHECK(exit_lane_leave(&pair.lane[0]));
+	CHECK(!exit_ring_hold(&pair.ring));
+	CHECK(exit_lane_leave(&pair.lane[VCPUS - 1]));
+	CHECK(exit_ring_hold(&pair.ring));
+	end();
+}
+
+static void what_was_shut_stays_shut_for_the_next_daemon(void)
+{
+	begin_local();
+	exit_ring_allow_local(&pair.ring);
+	exit_ring_open(&pair.ring);
+	CHECK(exit_lane_enter(&pair.lane[5]));
+	exit_ring_detach(&pair.ring); /* it died; the next one goes on with it, and looks first */
+	CHECK_EQ(exit_ring_attach(&pair.ring, pair.mem, pair.len), EXIT_RING_OK);
+	CHECK(!exit_ring_hold(&pair.ring));
+	CHECK(exit_lane_leave(&pair.lane[5]));
+	CHECK(exit_ring_hold(&pair.ring));
+	exit_ring_shut(&pair.ring);
+	exit_ring_open(&pair.ring);
+	CHECK(!exit_lane_enter(&pair.lane[5]));
+	CHECK(!exit_lane_leave(&pair.lane[5]));
+	exit_ring_detach(&pair.ring);
+	CHECK_EQ(exit_ring_attach(&pair.ring, pair.mem, pair.len), EXIT_RING_OK);
+	exit_ring_allow_local(&pair.ring);
+	exit_ring_open(&pair.ring);
+	CHECK(!exit_lane_enter(&pair.lane[5]));
+	end();
+}
+
 static void between_doze_and_sleep_every_reason_to_wake_is_seen(void)
 {
 	uint32_t word;
@@ -455,6 +526,9 @@ int main(void)
 	no_geometry_leads_outside();
 	a_lane_left_in_an_impossible_state_is_not_adopted();
 	marks_are_seen_page_by_page();
+	nobody_installs_before_it_is_allowed();
+	who_installs_holds_the_reader_up_and_says_when_it_is_done();
+	what_was_shut_stays_shut_for_the_next_daemon();
 	between_doze_and_sleep_every_reason_to_wake_is_seen();
 	only_what_cannot_be_cut_off_is_mapped();
 	emptying_a_blocking_doorbell_does_not_block();

@@ -190,7 +190,7 @@ static void make_ring(void)
 	CHECK_EQ(fcntl(ring_fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL), 0);
 	mem = mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_SHARED, ring_fd, 0);
 	CHECK(mem != MAP_FAILED);
-	exit_ring_format(&vmm, mem, VCPUS, 0);
+	exit_ring_format(&vmm, mem, VCPUS, 0, false);
 	doorbell = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 }
 

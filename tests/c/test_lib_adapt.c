@@ -66,7 +66,7 @@ static void begin(void)
 	vm.ring = aligned_alloc(4096, len);
 	memset(vm.memory, 0, 2 * HUGE_BYTES);
 	memset(vm.ring, 0, len);
-	exit_ring_format(&vm.pc.ring, vm.ring, 1, IMAGE_PAGES);
+	exit_ring_format(&vm.pc.ring, vm.ring, 1, IMAGE_PAGES, false);
 	vm.pc.ring.header->accepted = EXIT_RING_RESIDENCY;
 	vm.resident = (uint64_t *)((char *)vm.ring + vm.pc.ring.header->residency_offset);
 	exit_lane_init(&vm.vcpu.lane, &vm.pc.ring, 0);

@@ -1,4 +1,4 @@
-// sources: ../libpostcopy/wait.c ../libpostcopy/connect.c ../libpostcopy/attach.c ../libpostcopy/message.c ../libpostcopy/watch.c ../libpostcopy/memory.c ../libpostcopy/adapt.c ../libpostcopy/resolve.c ../libpostcopy/walk.c ../libpostcopy/operands.c ../libpostcopy/stack.c ../libpostcopy/registers.c ../libpostcopy/guard.c ../libpostcopy/mmio.c exit_ring.c exit_ring_map.c exit_ring_vmm.c ../../tests/doubles/exit_daemon.c
+// sources: ../libpostcopy/wait.c ../libpostcopy/local.c ../libpostcopy/connect.c ../libpostcopy/attach.c ../libpostcopy/message.c ../libpostcopy/watch.c ../libpostcopy/memory.c ../libpostcopy/adapt.c ../libpostcopy/resolve.c ../libpostcopy/walk.c ../libpostcopy/operands.c ../libpostcopy/stack.c ../libpostcopy/registers.c ../libpostcopy/guard.c ../libpostcopy/mmio.c exit_ring.c exit_ring_map.c exit_ring_vmm.c ../../tests/doubles/exit_daemon.c
 // libs: -lcapstone -pthread -Wl,--wrap=ioctl
 #define _GNU_SOURCE
 #include <errno.h>

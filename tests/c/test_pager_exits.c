@@ -78,12 +78,12 @@ static void vm_init(struct vm *vm, uint32_t vcpus, uint32_t page_shift)
 	vm->ring_len = exit_ring_bytes(vcpus, pages);
 	vm->ring = zeroed(vm->ring_len);
 	vm->content = zeroed(vm->page_size);
-	exit_ring_format(&vm->end, vm->ring, vcpus, pages);
+	exit_ring_format(&vm->end, vm->ring, vcpus, pages, false);
 	for (uint32_t i = 0; i < vcpus; i++)
 		exit_lane_init(&vm->lane[i], &vm->end, i);
 	vm->pager = pager_create(vm->state, vm->state_len, &region, 1, 3, &fake);
 	CHECK(vm->pager != NULL);
-	CHECK_EQ(pager_attach_ring(vm->pager, vm->ring, vm->ring_len), 0);
+	CHECK_EQ(pager_attach_ring(vm->pager, vm->ring, vm->ring_len, false), 0);
 }
 
 static void vm_deinit(struct vm *vm)
@@ -100,7 +100,7 @@ static void vm_restart(struct vm *vm)
 	pager_destroy(vm->pager);
 	vm->pager = pager_adopt(vm->state, vm->state_len, 3, &fake);
 	CHECK(vm->pager != NULL);
-	CHECK_EQ(pager_attach_ring(vm->pager, vm->ring, vm->ring_len), 0);
+	CHECK_EQ(pager_attach_ring(vm->pager, vm->ring, vm->ring_len, false), 0);
 }
 
 static void post(struct vm *vm, uint32_t vcpu, uint64_t gpa)
@@ -311,8 +311,36 @@ static void the_pinned_set_is_asked_for_page_by_page_and_once(void)
 	vm_deinit(&vm);
 }
 
+/* The kernel lets a thread that gives memory back go on as soon as its event is read. */
+static void nothing_is_read_while_a_vcpu_installs(void)
+{
+	struct vm vm;
+	unsigned signals;
+
+	vm_init(&vm, 2, 12);
+	vm.pager->ring->features |= EXIT_RING_LOCAL;
+	exit_ring_allow_local(vm.pager->ring);
+	pager_drain(vm.pager);
+	CHECK(exit_lane_enter(&vm.lane[1]));
+	kernel.next = (struct uffd_msg){ .event = UFFD_EVENT_REMOVE };
+	kernel.next.arg.remove.start = BASE;
+	kernel.next.arg.remove.end = BASE + 4096;
+	signals = pager_drain(vm.pager);
+	CHECK_EQ(signals & (PAGER_HELD | PAGER_STALLED), (unsigned)(PAGER_HELD | PAGER_STALLED));
+	CHECK_EQ(kernel.next.event, UFFD_EVENT_REMOVE);
+	CHECK(!exit_lane_enter(&vm.lane[0]));
+	CHECK(exit_lane_leave(&vm.lane[0]));
+	CHECK(exit_lane_leave(&vm.lane[1])); /* to be rung for */
+	CHECK(!(pager_drain(vm.pager) & PAGER_HELD));
+	CHECK_EQ(kernel.next.event, 0);
+	/* What is absent now need not be the image's. */
+	CHECK(!exit_lane_enter(&vm.lane[1]));
+	vm_deinit(&vm);
+}
+
 int main(void)
 {
+	nothing_is_read_while_a_vcpu_installs();
 	a_fault_is_asked_for_and_answered();
 	a_fault_outside_of_memory_breaks_the_ring();
 	pages_that_come_after_the_ring_broke_are_installed_all_the_same();

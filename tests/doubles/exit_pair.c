@@ -26,7 +26,7 @@ struct exit_pair *pair_new(uint32_t vcpus, uint32_t start)
 	pair->len = exit_ring_bytes(vcpus, 0);
 	pair->mem = aligned_alloc(4096, pair->len);
 	memset(pair->mem, 0, pair->len);
-	exit_ring_format(&pair->vmm, pair->mem, vcpus, 0);
+	exit_ring_format(&pair->vmm, pair->mem, vcpus, 0, false);
 	for (uint32_t i = 0; i < vcpus; i++) {
 		exit_lane_init(&pair->lane[i], &pair->vmm, i);
 		pair->lane[i].sequence = start;

@@ -89,7 +89,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 
 	memset(memory, 0, BYTES);
 	memset(ring, 0, len);
-	exit_ring_format(&pc.ring, ring, 1, PAGES);
+	exit_ring_format(&pc.ring, ring, 1, PAGES, false);
 	pc.ring.header->accepted = EXIT_RING_RESIDENCY;
 	take(&mode, 1, &data, &size);
 	set_mode(mode);

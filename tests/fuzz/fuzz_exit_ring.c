@@ -156,7 +156,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	game->len = exit_ring_bytes(VCPUS, PAGES);
 	game->mem = aligned_alloc(4096, game->len);
 	memset(game->mem, 0, game->len);
-	exit_ring_format(&game->vmm, game->mem, VCPUS, PAGES);
+	exit_ring_format(&game->vmm, game->mem, VCPUS, PAGES, false);
 	for (uint32_t i = 0; i < VCPUS; i++)
 		exit_lane_init(&game->lane[i], &game->vmm, i);
 	restart(game);

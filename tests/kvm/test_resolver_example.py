@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
 import re
+import struct
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from harness import PATIENCE_S, Host
+from postcopyd.status import Limits
 from support import require_kvm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -15,6 +20,7 @@ NATIVE = ROOT / "daemon" / "native"
 LIBRARY = ROOT / "daemon" / "libpostcopy"
 RAM_WORDS_READ = (1 << 20) // 8
 PAGES_READ = (1 << 20) // 4096
+RAM_BYTES = 2 << 20
 
 
 def output(*command: str | Path, **env: str) -> str:
@@ -83,3 +89,28 @@ def test_the_example_runs_on_memory_that_comes_late(example: Path, tmp_path: Pat
         assert output(example, socket) == f"sum {RAM_WORDS_READ:#x}\n"
         faults, _ = serving.communicate(timeout=30)
     assert int(faults) == PAGES_READ
+
+
+@pytest.mark.parametrize("at_hand", ["the source's file", "a copy of it"])
+async def test_with_the_image_at_hand_vcpus_install_by_themselves(example: Path, at_hand: str) -> None:
+    require_kvm()
+    content = random.Random(7).randbytes(RAM_BYTES)
+    read = struct.unpack(f"<{RAM_WORDS_READ}Q", content[: RAM_WORDS_READ * 8])
+    async with Host() as host:
+        image = host.image("memory", content)
+        _, source = await host.page_server(f"vm={image}")
+        daemon = await host.daemon()
+        # The push is held: what comes is what vCPUs asked for.
+        prepared = await daemon.client.prepare("vm", [source], limits=Limits(push_rate=1))
+        file = image if at_hand == "the source's file" else host.image("copy", content)
+        vmm = await asyncio.create_subprocess_exec(example, prepared.socket_path, file, stdout=-1)
+        async with asyncio.timeout(PATIENCE_S):
+            said, _ = await vmm.communicate()
+        assert (vmm.returncode, said.decode()) == (0, f"sum {sum(read) % (1 << 64):#x}\n")
+        ended = await daemon.until("vm", lambda status: status.state.is_final)
+    if file is image:
+        # But for those that came before the daemon had looked at the userfaultfd for the first time.
+        assert ended.exits < PAGES_READ // 4
+    else:
+        # Nobody could know that its content is the same.
+        assert ended.exits > PAGES_READ // 2

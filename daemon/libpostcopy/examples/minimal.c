@@ -119,8 +119,10 @@ static const void *boot_memory(void *context, uint64_t gpa, size_t len)
 	return gpa < BOOT_BYTES && len <= BOOT_BYTES - gpa ? vm->boot + gpa : NULL;
 }
 
-static struct postcopy *hand_over(struct vm *vm, const char *path)
+/* image_path: NULL, or the file that the page source serves, if it is on this host. */
+static struct postcopy *hand_over(struct vm *vm, const char *path, const char *image_path)
 {
+	const struct postcopy_image image = { .fd = image_path ? open(image_path, O_RDONLY | O_CLOEXEC) : -1 };
 	const struct postcopy_region region = { .gpa = RAM_GPA, .hva = (uintptr_t)vm->ram, .size = RAM_BYTES, .page_size = 4096 };
 	const struct postcopy_config config = {
 		.config_size = sizeof(config),
@@ -130,6 +132,7 @@ static struct postcopy *hand_over(struct vm *vm, const char *path)
 		.region_count = 1,
 		.other_memory = boot_memory,
 		.context = vm,
+		.image = image_path ? &image : NULL,
 	};
 	struct postcopy *pc;
 	int error = postcopy_connect(path, &config, &pc);
@@ -175,8 +178,8 @@ int main(int argc, char **argv)
 	struct postcopy *pc;
 	struct vm vm;
 
-	if (argc != 2) {
-		fprintf(stderr, "usage: minimal SOCKET\n");
+	if (argc != 2 && argc != 3) {
+		fprintf(stderr, "usage: minimal SOCKET [IMAGE]\n");
 		return 2;
 	}
 	vm.kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
@@ -190,7 +193,7 @@ int main(int argc, char **argv)
 	add_slot(&vm, 0, 0, BOOT_BYTES, vm.boot);
 	add_slot(&vm, 1, RAM_GPA, RAM_BYTES, vm.ram);
 	make_vcpu(&vm);
-	pc = hand_over(&vm, argv[1]);
+	pc = hand_over(&vm, argv[1], argc == 3 ? argv[2] : NULL);
 	while (handle_exit(&vm, pc, ioctl(vm.vcpu, KVM_RUN, 0)))
 		;
 	if (ioctl(vm.vcpu, KVM_GET_REGS, &regs))

@@ -158,7 +158,7 @@ PRELOAD = SharedLibrary(
 MODULES = (
     Module(
         "core",
-        headers=("stdbool.h", "crash.h", "pager.h", "edge_guest_memfd.h"),
+        headers=("stdbool.h", "crash.h", "pager.h", "edge_guest_memfd.h", "file_epoch.h"),
         sources=(
             "checksum.c",
             "checksum_avx2.c",
@@ -179,12 +179,14 @@ MODULES = (
             "pager_present.c",
             "exit_ring.c",
             "exit_ring_map.c",
+            "file_epoch.c",
         ),
     ),
     Module(
         "image",
         headers=("image.h", "image_catalog.h", "page_stream.h"),
         sources=(
+            "file_epoch.c",
             "image.c",
             "image_catalog.c",
             "zero.c",
