@@ -32,6 +32,7 @@ from .session import Session
 from .status import Limits, MigrationSpec, MigrationStatus, State
 from .store import stored_name
 from .units import PAGE_SIZE
+from .urgency import Urgency
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -97,6 +98,8 @@ class Manager:
         self._config = config
         self._factory = factory
         self._store = store
+        # All migrations', and so made before the first of them.
+        self._urgency = Urgency.of_running_loop()
         self._shares = Shares(max(TOTAL_WINDOW_BYTES, config.push_window), config.push_window)
         self._count_handoff_error = count_handoff_error
         self._prepared = PreparedStore(Path(config.state_dir) / "prepared")

@@ -53,7 +53,7 @@ class TokenBucket:
 class Window:
     """What the push of one migration may have outstanding.
 
-    While threads wait for pages it is half a piece: whatever server, link and processor do for the push, a wanted page
+    While threads wait for pages it is one piece: whatever server, link and processor do for the push, a wanted page
     waits behind it. Keeping it small for a while longer would make each wait shorter and the sum of all longer, as what
     the push does not bring is waited for (docs/performance.md). What is zero comes as its length alone, so the more of
     the last answers was zero, the wider it opens.
@@ -80,7 +80,7 @@ class Window:
     def bytes(self, share_bytes: int, *, demanding: bool) -> int:
         """share_bytes: the migration's part of what all may have. demanding: wanted pages are outstanding."""
         if demanding:
-            return self._piece_bytes // 2
+            return self._piece_bytes
         # Else the second piece would wait for the first's round trip.
         return max(share_bytes * self._widening, 2 * self._piece_bytes)
 

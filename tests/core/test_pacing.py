@@ -97,8 +97,8 @@ def test_who_leaves_leaves_its_share_to_the_others() -> None:
     assert stays.window_bytes == 8 * MIB
 
 
-def test_while_threads_wait_half_a_piece_is_outstanding() -> None:
-    window = Window(128 * KIB)
+def test_while_threads_wait_one_piece_is_outstanding() -> None:
+    window = Window(64 * KIB)
     assert window.bytes(MIB, demanding=False) == MIB
     assert window.bytes(MIB, demanding=True) == 64 * KIB
 
