@@ -159,7 +159,11 @@ static const char *const way_names[WAYS] = {"uffd", "ring", "exits"};
 static struct vm_round run_round(struct vm *vm, const struct image *image, enum way way, bool overlap)
 {
 	bool exits = way != BY_UFFD;
-	struct resolver r = {.vm = vm, .image = image->bytes, .listener = -1, .local = way == BY_OWN_THREAD, .installed = calloc(vm->pages, sizeof(bool))};
+	struct resolver r = {.vm = vm,
+			     .image = image->bytes,
+			     .listener = -1,
+			     .local = way == BY_OWN_THREAD,
+			     .installed = calloc(vm->pages, sizeof(bool))};
 	struct vm_round round;
 	char path[64];
 
@@ -187,7 +191,6 @@ static struct vm_round run_round(struct vm *vm, const struct image *image, enum 
 	free(r.installed);
 	return round;
 }
-
 
 static struct image make_image(size_t pages)
 {

@@ -63,11 +63,11 @@ enum postcopy_wait postcopy_wait(struct postcopy *pc, uint32_t vcpu_index)
 {
 	struct vcpu_side *vcpu = &pc->vcpu[vcpu_index];
 
-	if (vcpu->want_count && !vcpu->lane.count)
+	if (vcpu->want_count && !vcpu->lane.count) {
 		local_install(pc, vcpu);
-	if (vcpu->want_count && !vcpu->lane.count &&
-		 exit_lane_post(&vcpu->lane, vcpu->want, vcpu->want_count, vcpu->want_flags))
-		ring_doorbell(pc);
+		if (vcpu->want_count && exit_lane_post(&vcpu->lane, vcpu->want, vcpu->want_count, vcpu->want_flags))
+			ring_doorbell(pc);
+	}
 	vcpu->want_count = 0;
 	return wait_for_lane(pc, vcpu);
 }

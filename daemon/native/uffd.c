@@ -147,7 +147,8 @@ static bool kernel_has_huge_page(uint64_t page_bytes)
 	return true;
 }
 
-/* What COPY says to one that gets as far as the destination's checks and then fails: it changes nothing. */
+/* What COPY says to one that gets as far as the destination's checks and then fails: it changes nothing. Negative errno: it was
+ * not asked, for want of memory of our own. */
 static int probe(int fd, uint64_t start, uint64_t len_bytes)
 {
 	void *unreadable = mmap(NULL, len_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -155,16 +156,19 @@ static int probe(int fd, uint64_t start, uint64_t len_bytes)
 	int error;
 
 	if (unreadable == MAP_FAILED)
-		return errno;
+		return -errno;
 	error = ioctl(fd, UFFDIO_COPY, &copy) ? errno : EINVAL;
 	munmap(unreadable, len_bytes);
 	return error;
 }
 
-/* Looked at before anything else, so also where nothing is registered any more (userfaultfd_copy in fs/userfaultfd.c). */
+/* Looked at before anything else, so also where nothing is registered any more (userfaultfd_copy in fs/userfaultfd.c). What could
+ * not be asked may be changing: it is asked again. */
 static bool kernel_is_changing(int fd, uint64_t start, uint64_t len_bytes)
 {
-	return probe(fd, start, len_bytes) == EAGAIN;
+	int error = probe(fd, start, len_bytes);
+
+	return error == EAGAIN || error < 0;
 }
 
 const struct uffd_edge uffd_kernel = {
@@ -181,6 +185,8 @@ int uffd_probe_registered(int fd, uint64_t start, uint64_t len_bytes)
 {
 	int error = probe(fd, start, len_bytes);
 
+	if (error < 0)
+		return error;
 	switch (error) {
 	case EFAULT:
 	case EEXIST:

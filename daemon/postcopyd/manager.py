@@ -98,8 +98,8 @@ class Manager:
         self._config = config
         self._factory = factory
         self._store = store
-        # All migrations', and so made before the first of them.
-        self._urgency = Urgency.of_running_loop()
+        # All migrations' and the daemon's to keep, so it is made before the first of them.
+        Urgency.of_running_loop()
         self._shares = Shares(max(TOTAL_WINDOW_BYTES, config.push_window), config.push_window)
         self._count_handoff_error = count_handoff_error
         self._prepared = PreparedStore(Path(config.state_dir) / "prepared")

@@ -103,7 +103,7 @@ class Memory:
         memory = cls(vmm, state, pager, guest_memfd)
         try:
             # Once memory was given back, what is absent need not be the image's.
-            memory._attach_exits(local=pager.stats().removed == 0 and _has_image(handoff, image.epoch))
+            memory._attach_exits(local=_has_image(handoff, image.epoch) and pager.stats().removed == 0)
             memory.note(kinds=tuple(memory.descriptors()))
         except BaseException:
             memory.let_go()
@@ -245,7 +245,7 @@ def _guest_memfd(vmm: Attachment) -> GuestMemfd | None:
 
 
 def _has_image(handoff: Handoff, epoch: int) -> bool:
-    """Whether the VMM's own copy of the content is the very file that the source serves, unchanged.
+    """Whether the VMM's own copy of the content is the very file that the source serves, unchanged. Closes it.
 
     Only then do its vCPUs install from it; otherwise they ask, which is slower and right. A source on another host, or
     one that was told an epoch, cannot be compared.
@@ -255,9 +255,11 @@ def _has_image(handoff: Handoff, epoch: int) -> bool:
         return False
     with file:
         found = lib.file_epoch_of(file.fileno())
-    if found != epoch:
-        log.warning("exits.not_local", pid=handoff.vmm_pid, detail="the VMM's image is not the source's file")
-    return found == epoch
+    # 0 is what nothing is known of, and no image's epoch; a source may say it all the same.
+    if found and found == epoch:
+        return True
+    log.warning("exits.not_local", pid=handoff.vmm_pid, detail="the VMM's image is not the source's file")
+    return False
 
 
 def _edge(guest_memfd: GuestMemfd | None) -> CData | None:
