@@ -24,7 +24,7 @@ from rich.table import Table
 
 import report
 from postcopyd.errors import PostcopyError
-from programs import ROOT, BenchError, build
+from programs import ROOT, BenchError, build, pool
 from results import Result, collect, for_last_line
 from rig import VARIANTS, Rig, image_folder
 from scenarios import FULL, QUICK, Measured, Plan, Scenarios, make_images
@@ -41,6 +41,8 @@ async def measure(plan: Plan, say: Callable[[str], None]) -> Measured:
         folder = Path(stack.enter_context(image_folder()))
         images = await asyncio.to_thread(make_images, folder, plan)
         say("images written")
+        await stack.enter_async_context(pool(plan.pool_mib))
+        say("memory warmed")
         rig = await Rig(images, folder, stack).start(VARIANTS)
         say("processes ready")
         return await Scenarios(rig, plan, say).run()

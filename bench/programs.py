@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ import msgspec
 from placement import GUEST_CPU, server_cpu
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import AsyncIterator, Mapping
 
     from placement import Placement
 
@@ -87,3 +88,22 @@ async def local(what: str, *arguments: int) -> float:
         await run("local", what, *arguments), type=dict[str, float]
     )
     return next(iter(answer.values()))
+
+
+@contextlib.asynccontextmanager
+async def pool(mib: int) -> AsyncIterator[None]:
+    """Keep so much free memory warm until the end: see native/pool.c. Raises BenchError: there is not as much."""
+    process = await asyncio.create_subprocess_exec(
+        str(build("pool")), str(mib), stdin=asyncio.subprocess.PIPE, stdout=-1, stderr=None
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(RUN_TIMEOUT_S):
+            ready = await process.stdout.readline()
+        if not ready:
+            raise BenchError(f"no {mib} MiB of memory could be kept warm")
+        yield
+    finally:
+        process.stdin.close()
+        await process.wait()

@@ -53,6 +53,11 @@ class Plan:
     def floor_faults(self) -> int:
         return self.touches
 
+    @property
+    def pool_mib(self) -> int:
+        """More than all that run at once take: a guest for each variant, or the bulk and the processes beside it."""
+        return 3 * self.latency_mib + 2 * self.bulk_mib
+
 
 FULL = Plan(repetitions=7, touches=2000, depth_faults=3200, latency_mib=384, bulk_mib=1024)
 QUICK = Plan(repetitions=3, touches=600, depth_faults=1600, latency_mib=96, bulk_mib=256)
@@ -116,7 +121,6 @@ class Scenarios:
         self._variants = [rig.variants[name] for name in VARIANTS]
 
     async def run(self) -> Measured:
-        await programs.local("warm", 2 * self._plan.bulk_mib)
         await self.demand()
         await self.busy()
         await self.bulk()
@@ -160,7 +164,6 @@ class Scenarios:
 
     async def _latency_round(self, variant: Variant, guest: Guest, placement: Placement) -> None:
         name = f"{variant.name}.{placement}"
-        await warm(self._plan.touches)
         with variant.placed(placement, guest):
             touched = await guest.touch(1, self._plan.touches, self._raw(name))
         check_faults(name, touched, self._plan.touches)
@@ -172,7 +175,6 @@ class Scenarios:
         """Nothing is placed: all share all CPUs."""
         for threads in THREADS[1:]:
             each = self._plan.depth_faults // threads
-            await warm(self._plan.depth_faults)
             touched = await guest.touch(threads, each)
             check_faults(name, touched, threads * each)
             self.measured.numbers[f"pages_s.{threads}.{name}"].append(touched.pages_s)
@@ -182,7 +184,6 @@ class Scenarios:
         pages = pages_of(self._plan.bulk_mib)
         for repetition in range(self._plan.repetitions):
             async with self._native.paused(self._rig, "data", pages) as guest:
-                await warm(pages)
                 await self._native.client.set_limits("data", Limits())
                 # More than can be touched in that time: it ends when every page is there.
                 with self._native.placed("between", guest):
@@ -208,7 +209,6 @@ class Scenarios:
             self._say(f"bulk {repetition + 1}/{self._plan.repetitions}")
 
     async def _bulk_round(self, variant: Variant, image: str, pages: int) -> None:
-        await warm(pages)
         before = variant.usage()
         status = await variant.move(self._rig, image, pages)
         after = variant.usage()
@@ -311,15 +311,6 @@ class Scenarios:
         """The latencies at 0, 0.5, … 100 %."""
         ns = read_latencies(self._raw(raw))
         self.measured.cdf_us[name] = [round(ns[(len(ns) - 1) * i // 200] / 1000, 1) for i in range(201)]
-
-
-async def warm(pages: int) -> None:
-    """Have the kernel touch as many free pages as will be taken next.
-
-    A host takes idle free memory back within seconds, and then the first touch costs ten times as much. What is
-    measured beside the daemon (local C, the floor) has its memory touched just before, too.
-    """
-    await programs.local("warm", 2 * pages * PAGE // MIB + 64)
 
 
 def check_faults(name: str, touched: Touched, touches: int) -> None:

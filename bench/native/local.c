@@ -3,7 +3,6 @@
  *
  *     local pages THREADS COUNT    COUNT faults by THREADS threads, one handler thread
  *     local copy MIB               MIB of warmed memory in calls of 256 KiB
- *     local warm MIB               touch so much memory and give it back
  */
 #include <pthread.h>
 
@@ -89,11 +88,8 @@ int main(int argc, char **argv)
 		measure_pages(strtoul(argv[2], NULL, 10), strtoul(argv[3], NULL, 10));
 	else if (argc == 3 && strcmp(argv[1], "copy") == 0)
 		measure_copy(strtoul(argv[2], NULL, 10));
-	else if (argc == 3 && strcmp(argv[1], "warm") == 0) {
-		map_memory(strtoul(argv[2], NULL, 10) * MIB, true);
-		printf("{\"warmed_mib\": %s}\n", argv[2]);
-	} else {
-		fprintf(stderr, "usage: local pages THREADS COUNT | copy MIB | warm MIB\n");
+	else {
+		fprintf(stderr, "usage: local pages THREADS COUNT | copy MIB\n");
 		return 2;
 	}
 	return 0;

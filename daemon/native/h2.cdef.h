@@ -13,6 +13,7 @@ struct h2_limits {
     uint32_t max_frame_bytes;
     uint32_t max_header_bytes;
     uint32_t slice_bytes;
+    uint32_t piece_bytes;
     uint32_t control_burst;
     uint32_t control_rate;
     uint32_t reset_burst;
@@ -64,6 +65,9 @@ struct h2_stats {
 struct h2_conn *h2_new(const struct h2_config *config);
 void h2_free(struct h2_conn *conn);
 int h2_feed(struct h2_conn *conn, const uint8_t *data, size_t len, double now_s);
+typedef bool (*h2_pressing_fn)(intptr_t context);
+int64_t h2_feed_background(struct h2_conn *conn, const uint8_t *data, h2_pressing_fn pressing, intptr_t context,
+                           size_t begin, size_t end, double now_s, bool look_first);
 ssize_t h2_fill(struct h2_conn *conn, uint8_t *out, size_t cap);
 size_t h2_block_bytes(const struct h2_conn *conn);
 const uint32_t *h2_attention(const struct h2_conn *conn);
@@ -83,4 +87,5 @@ int h2_serve_pages(struct h2_conn *conn, int32_t stream_id, uintptr_t context, u
 int h2_serve_handler(struct h2_conn *conn, int32_t stream_id);
 int h2_resume(struct h2_conn *conn, int32_t stream_id);
 int h2_finish(struct h2_conn *conn, int32_t stream_id, int status, const char *message);
+bool urgency_is_pressing(intptr_t epoll);
 extern "Python" int h2_py_open(void *user, int32_t stream_id, const char *path, int64_t timeout_ms);

@@ -13,6 +13,7 @@
 #ifndef POSTCOPYD_H2_H
 #define POSTCOPYD_H2_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/types.h>
@@ -32,6 +33,7 @@ typedef const char *(*h2_error_fn)(void *context);
 
 #define H2_WOULD_BLOCK (-1)
 
+
 /*
  * A new call arrived at a server. The callback routes it with h2_serve_pages or h2_serve_handler and returns 0, or
  * returns the gRPC status to refuse it with. timeout_ms: -1 without a deadline.
@@ -46,7 +48,8 @@ struct h2_limits {
     uint32_t window_bytes;       /* of each stream, and of the connection */
     uint32_t max_frame_bytes;    /* the longest frame received; 16384 to 16777215 */
     uint32_t max_header_bytes;   /* of a header list, counted as RFC 9113 6.5.2 does */
-    uint32_t slice_bytes;        /* h2_fill takes no further message beyond this */
+    uint32_t slice_bytes;        /* the most of a block of h2_fill before no further message is begun */
+    uint32_t piece_bytes;        /* h2_feed_background looks behind so much */
     uint32_t control_burst;      /* frames that cost more to answer than to send: at once, and a second */
     uint32_t control_rate;
     uint32_t reset_burst; /* RST_STREAM frames: at once, and a second */
@@ -112,6 +115,17 @@ void h2_free(struct h2_conn *conn);
  * broken, see h2_error. Call h2_fill after it either way: the peer may have to be told.
  */
 int h2_feed(struct h2_conn *conn, const uint8_t *data, size_t len, double now_s);
+
+/* Whether somebody waits for something else than what is being fed. */
+typedef bool (*h2_pressing_fn)(intptr_t context);
+
+/*
+ * h2_feed of data[begin:end] for what nobody waits for: asks `pressing` at the beginning, if `look_first`, and then behind
+ * each frame that ends with a message, once piece_bytes came since the last look, and stops where the answer is yes. Returns
+ * where it stopped, which is where the next call begins; -1: the connection is broken. h2_statistics counts the messages.
+ */
+int64_t h2_feed_background(struct h2_conn *conn, const uint8_t *data, h2_pressing_fn pressing, intptr_t context,
+                           size_t begin, size_t end, double now_s, bool look_first);
 
 /*
  * Write what is to be sent; returns its length, 0 if there is nothing, -1 if the connection is broken. The caller

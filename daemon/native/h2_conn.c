@@ -21,7 +21,7 @@ static bool limits_make_sense(const struct h2_limits *limits) {
     uint64_t longest = (uint64_t)limits->max_message_bytes + H2_PREFIX_BYTES;
     return limits->window_bytes >= 2 * longest && limits->window_bytes <= NGHTTP2_MAX_WINDOW_SIZE &&
            limits->max_frame_bytes >= 16384 && limits->max_frame_bytes <= 16777215 && limits->max_streams > 0 &&
-           limits->slice_bytes > 0 && limits->max_queued_bytes >= limits->max_message_bytes &&
+           limits->slice_bytes > 0 && limits->piece_bytes > 0 && limits->max_queued_bytes >= limits->max_message_bytes &&
            limits->max_produced_bytes <= 1u << 30;
 }
 
@@ -69,6 +69,7 @@ struct h2_conn *h2_new(const struct h2_config *config) {
     if (!conn)
         return NULL;
     conn->config = *config;
+    conn->slice = h2_first_slice(conn);
     const struct h2_limits *limits = &config->limits;
     h2_guard_init(&conn->guard, config->is_server,
                   (struct h2_bucket){.burst = limits->control_burst, .rate = limits->control_rate},
@@ -90,33 +91,63 @@ void h2_free(struct h2_conn *conn) {
     free(conn);
 }
 
-static int take_bytes(struct h2_conn *conn, const uint8_t *data, size_t len, double now_s) {
-    if (conn->broken)
-        return -1;
-    conn->stats.bytes_in += len;
-    if (conn->over)
-        return 0;
-    const char *flood = h2_guard_feed(&conn->guard, data, len, (uint64_t)(now_s * 1000));
-    if (flood) {
-        char text[64];
-        snprintf(text, sizeof text, "the peer floods with frames: %s", flood);
-        h2_explain(conn, text);
-        conn->over = true;
-        int rc = nghttp2_session_terminate_session(conn->session, NGHTTP2_ENHANCE_YOUR_CALM);
-        return rc ? h2_break(conn, nghttp2_strerror(rc)) : 0;
-    }
+/* What libnghttp2 says of its input: -1 if that broke the connection. */
+static ssize_t receive(struct h2_conn *conn, const uint8_t *data, size_t len) {
     ssize_t n = nghttp2_session_mem_recv(conn->session, data, len);
     if (n < 0)
         return h2_break(conn, n == NGHTTP2_ERR_BAD_CLIENT_MAGIC ? "the peer does not speak HTTP/2"
                                                                 : nghttp2_strerror((int)n));
-    return conn->broken ? -1 : 0;
+    return conn->broken ? -1 : n;
+}
+
+/* Have the guard judge what it has not seen, as a part may come again. */
+static int judge(struct h2_conn *conn, const uint8_t *data, size_t len, double now_s) {
+    const char *flood = h2_guard_feed(&conn->guard, data + conn->judged, len - conn->judged, (uint64_t)(now_s * 1000));
+    conn->judged = len;
+    if (!flood)
+        return 0;
+    char text[64];
+    snprintf(text, sizeof text, "the peer floods with frames: %s", flood);
+    h2_explain(conn, text);
+    conn->over = true;
+    int rc = nghttp2_session_terminate_session(conn->session, NGHTTP2_ENHANCE_YOUR_CALM);
+    return rc ? h2_break(conn, nghttp2_strerror(rc)) : 0;
+}
+
+/* Take bytes up to the next look, in the background, or all. How many were taken, or -1. */
+static ssize_t take_bytes(struct h2_conn *conn, const uint8_t *data, size_t len, double now_s) {
+    if (conn->broken || (!conn->over && judge(conn, data, len, now_s)))
+        return -1;
+    ssize_t n = conn->over ? (ssize_t)len : receive(conn, data, len);
+    if (n < 0)
+        return -1;
+    conn->stats.bytes_in += (uint64_t)n;
+    conn->judged = conn->over ? 0 : len - (size_t)n;
+    /* A pause at the end of a frame leaves undone what follows from that end. */
+    return conn->in_background && n == (ssize_t)len && !conn->over && receive(conn, data + len, 0) < 0 ? -1 : n;
 }
 
 int h2_feed(struct h2_conn *conn, const uint8_t *data, size_t len, double now_s) {
     uint64_t before = conn->stats.messages_in;
-    int rc = take_bytes(conn, data, len, now_s);
+    ssize_t n = take_bytes(conn, data, len, now_s);
     h2_update_attention(conn);
-    return rc ? rc : (int)(conn->stats.messages_in - before);
+    return n < 0 ? -1 : (int)(conn->stats.messages_in - before);
+}
+
+int64_t h2_feed_background(struct h2_conn *conn, const uint8_t *data, h2_pressing_fn pressing, intptr_t context,
+                           size_t begin, size_t end, double now_s, bool look_first) {
+    bool look = look_first;
+    conn->in_background = true;
+    while (begin < end && !(look && pressing(context))) {
+        ssize_t n = take_bytes(conn, data + begin, end - begin, now_s);
+        if (n < 0)
+            break;
+        begin += (size_t)n;
+        look = true;
+    }
+    conn->in_background = false;
+    h2_update_attention(conn);
+    return conn->broken ? -1 : (int64_t)begin;
 }
 
 void h2_update_attention(struct h2_conn *conn) {

@@ -72,6 +72,15 @@ static void fail(struct h2_stream *stream, int status, const char *text) {
         h2_stream_end(stream, H2_BY_PROTOCOL, status, text);
 }
 
+/* In the background, stop where h2_feed_background looks. */
+static int pause_after(struct h2_conn *conn, const struct h2_stream *stream, size_t len) {
+    conn->piece += len;
+    if (!conn->in_background || conn->piece < conn->config.limits.piece_bytes || h2_assembler_is_midway(&stream->assembler))
+        return 0;
+    conn->piece = 0;
+    return NGHTTP2_ERR_PAUSE;
+}
+
 static int on_data_chunk(nghttp2_session *session, uint8_t flags, int32_t stream_id, const uint8_t *data, size_t len,
                          void *user) {
     (void)flags;
@@ -91,7 +100,7 @@ static int on_data_chunk(nghttp2_session *session, uint8_t flags, int32_t stream
         fail(stream, status_of_assembly(rc), why_assembly_failed(rc));
     h2_stream_account(stream);
     h2_stream_wake(stream);
-    return conn->broken ? NGHTTP2_ERR_CALLBACK_FAILURE : 0;
+    return conn->broken ? NGHTTP2_ERR_CALLBACK_FAILURE : pause_after(conn, stream, len);
 }
 
 /* Client: END_STREAM came. */

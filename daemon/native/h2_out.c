@@ -15,10 +15,24 @@
  */
 enum { GATHER_BYTES = 16 << 10, CONTROL_FRAME_BYTES = 32 << 10 };
 
+/* The first block after a rest is short: the peer works on it while the next is made. Then each may be twice the last. */
+enum { FIRST_SLICE_BYTES = 32 << 10 };
+
+/* What is zero takes long to find and few bytes to tell: so many messages and no more, as others wait meanwhile. */
+enum { BLOCK_MESSAGES_MAX = 16 };
+
 static size_t least(size_t a, size_t b) { return a < b ? a : b; }
+
+size_t h2_first_slice(const struct h2_conn *conn) { return least(FIRST_SLICE_BYTES, conn->config.limits.slice_bytes); }
 
 size_t h2_out_reserve(const struct h2_conn *conn) {
     return H2_FRAME_HEADER_BYTES + H2_PREFIX_BYTES + conn->config.limits.max_produced_bytes + CONTROL_FRAME_BYTES;
+}
+
+/* Nothing more is begun in this block. */
+static bool is_full(const struct h2_conn *conn) {
+    return conn->block_used >= conn->slice || conn->block_messages >= BLOCK_MESSAGES_MAX ||
+           conn->block_cap - conn->block_used < h2_out_reserve(conn);
 }
 
 /* Produce messages behind the place where the frame's header will be. */
@@ -28,13 +42,14 @@ static void produce_in_place(struct h2_stream *stream, size_t allowed) {
     uint8_t *payload = conn->block + conn->block_used + H2_FRAME_HEADER_BYTES;
     size_t room = least(allowed, conn->block_cap - conn->block_used - H2_FRAME_HEADER_BYTES);
     size_t len = 0;
-    while (len < GATHER_BYTES && room - len >= need) {
+    while (len < GATHER_BYTES && room - len >= need && conn->block_messages < BLOCK_MESSAGES_MAX) {
         uint8_t *at = payload + len;
         ssize_t n = h2_pages_produce(stream, at + H2_PREFIX_BYTES, need - H2_PREFIX_BYTES);
         if (n <= 0)
             break;
         h2_prefix_put(at, (size_t)n);
         len += H2_PREFIX_BYTES + (size_t)n;
+        conn->block_messages++;
     }
     stream->planned = len;
     stream->in_place = len > 0;
@@ -52,6 +67,7 @@ static void produce_to_outbox(struct h2_stream *stream) {
         return;
     h2_prefix_put(at, (size_t)n);
     h2_bytes_commit(&stream->outbox, H2_PREFIX_BYTES + (size_t)n);
+    stream->conn->block_messages++;
     h2_stream_account(stream);
 }
 
@@ -130,9 +146,7 @@ static int write_frame(nghttp2_session *session, nghttp2_frame *frame, const uin
     conn->block_used += H2_FRAME_HEADER_BYTES + length;
     if (conn->broken)
         return NGHTTP2_ERR_CALLBACK_FAILURE;
-    bool full = conn->block_used >= conn->config.limits.slice_bytes ||
-                conn->block_cap - conn->block_used < h2_out_reserve(conn);
-    return full ? NGHTTP2_ERR_PAUSE : 0;
+    return is_full(conn) ? NGHTTP2_ERR_PAUSE : 0;
 }
 
 nghttp2_data_provider h2_out_provider(struct h2_stream *stream) {
@@ -145,15 +159,15 @@ void h2_out_callbacks(nghttp2_session_callbacks *callbacks) {
 }
 
 static ssize_t fill_block(struct h2_conn *conn, uint8_t *out, size_t cap) {
-    size_t reserve = h2_out_reserve(conn);
     if (conn->broken)
         return -1;
-    if (cap < reserve)
+    if (cap < h2_out_reserve(conn))
         return h2_break(conn, "the output block is too small");
     conn->block = out;
     conn->block_cap = cap;
     conn->block_used = 0;
-    while (conn->block_used < conn->config.limits.slice_bytes && cap - conn->block_used >= reserve) {
+    conn->block_messages = 0;
+    while (!is_full(conn)) {
         const uint8_t *data;
         ssize_t n = nghttp2_session_mem_send(conn->session, &data);
         if (n < 0)
@@ -166,6 +180,8 @@ static ssize_t fill_block(struct h2_conn *conn, uint8_t *out, size_t cap) {
         conn->block_used += (size_t)n;
     }
     conn->stats.bytes_out += conn->block_used;
+    conn->slice = conn->block_used < conn->slice ? h2_first_slice(conn)
+                                                 : least(2 * conn->slice, conn->config.limits.slice_bytes);
     return (ssize_t)conn->block_used;
 }
 

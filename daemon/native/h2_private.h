@@ -68,6 +68,11 @@ struct h2_conn {
     uint8_t *block; /* h2_fill's, while it runs */
     size_t block_cap;
     size_t block_used;
+    unsigned block_messages; /* page streams' */
+    size_t slice;            /* h2_fill begins no further message beyond this */
+    size_t piece;  /* h2_feed_background: DATA taken since the last look */
+    size_t judged; /* bytes behind those taken that the guard has seen already */
+    bool in_background;
     bool broken;
     bool over; /* told the peer to go: nothing is read any more */
     char error[H2_TEXT_BYTES];
@@ -108,6 +113,8 @@ ssize_t h2_pages_produce(struct h2_stream *stream, uint8_t *out, size_t cap);
 void h2_in_callbacks(nghttp2_session_callbacks *callbacks);
 void h2_out_callbacks(nghttp2_session_callbacks *callbacks);
 nghttp2_data_provider h2_out_provider(struct h2_stream *stream);
+/* What the first block after a rest may hold. */
+size_t h2_first_slice(const struct h2_conn *conn);
 /* What a frame may need at most: h2_fill stops when less is left. */
 size_t h2_out_reserve(const struct h2_conn *conn);
 

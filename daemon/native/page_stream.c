@@ -13,7 +13,7 @@
 
 enum {
     /* A thread waits for a demand page, so its message does not wait for many others to be read. */
-    DEMAND_DATA_MAX = 64 << 10,
+    DEMAND_DATA_MAX = 32 << 10,
     /* Below this, reading zeros costs less than asking where the hole ends. */
     HOLE_PROBE_MIN = 64 << 10,
     /* Bounds the system calls of one ps_produce when ranges are many and zero. */

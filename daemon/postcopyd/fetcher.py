@@ -332,7 +332,11 @@ class Fetcher:
             self._stop_pausing()
         if self._push_timer is not None:
             return
-        while (room := self._window_bytes() - self._pager.bulk_inflight_bytes) > 0 and self._pager.missing:
+        window = self._window_bytes()
+        # Unlimited: half a window at a time, as a request costs both sides the same however much it asks for.
+        if not self._bucket.rate and 2 * self._pager.bulk_inflight_bytes > window:
+            return
+        while (room := window - self._pager.bulk_inflight_bytes) > 0 and self._pager.missing:
             if not self._bucket.may_spend(self._loop.time()):
                 self._push_timer = self._loop.call_later(self._bucket.delay_s(), self._push_again)
                 return

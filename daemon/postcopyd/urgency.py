@@ -16,8 +16,11 @@ from weakref import WeakKeyDictionary
 class Urgency:
     """Descriptors that mean, while they are readable, that somebody waits: fault sources, connections of wanted pages.
 
-    Asking is one system call, however many there are. Each is watched by a duplicate, so that a number which was
-    closed and given to another file is never taken for it.
+    Asking is one system call, however many there are (daemon/native/urgency.c). Each is watched by a duplicate, so that
+    a number which was closed and given to another file is never taken for it.
+
+    Attributes:
+        fd: an epoll instance that is readable while somebody waits; -1 while nobody is watched.
     """
 
     _of_loop: ClassVar[WeakKeyDictionary[asyncio.AbstractEventLoop, Urgency]] = WeakKeyDictionary()
@@ -25,6 +28,7 @@ class Urgency:
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._watched = 0
+        self.fd = -1
 
     @classmethod
     def of_running_loop(cls) -> Urgency:
@@ -40,6 +44,7 @@ class Urgency:
         duplicate = os.dup(fd)
         self._epoll.register(duplicate, select.EPOLLIN)
         self._watched += 1
+        self.fd = self._epoll.fileno()
         return duplicate
 
     def forget(self, watched: int) -> None:
@@ -47,7 +52,5 @@ class Urgency:
         self._epoll.unregister(watched)
         os.close(watched)
         self._watched -= 1
-
-    def is_pressing(self) -> bool:
-        """Whether one of them is readable now."""
-        return self._watched > 0 and bool(self._epoll.poll(0, 1))
+        if not self._watched:
+            self.fd = -1

@@ -45,6 +45,7 @@ static struct h2_limits limits(uint32_t window, uint32_t frame) {
                               .max_frame_bytes = frame,
                               .max_header_bytes = 16 << 10,
                               .slice_bytes = 32 << 10,
+                              .piece_bytes = 4 << 10,
                               .control_burst = 1000,
                               .control_rate = 10,
                               .reset_burst = 100,
@@ -184,6 +185,141 @@ static void every_cut_of_an_answer_gives_the_same(void) {
     free(down.data);
 }
 
+/* Who waits: asks[n] is the answer to look n. */
+struct waiting {
+    const char *asks;
+    unsigned looks;
+};
+
+static bool is_pressing(intptr_t context) {
+    struct waiting *waiting = (struct waiting *)context;
+    char answer = waiting->asks[waiting->looks];
+    waiting->looks += answer != 0;
+    return answer == 'y';
+}
+
+/* One call of a client, and all that a server answered to `ranges` of 8 KiB. */
+static struct wire answers(struct h2_conn **client, struct reply_double *reply, uint32_t ranges) {
+    struct server server;
+    *client = new_client(1 << 20, 1 << 20);
+    new_server(&server);
+    int32_t id = call(*client, reply);
+    send_range(*client, id, ranges, 8 << 10, DOUBLE_ANSWER, 0);
+    struct wire up = take(*client);
+    assert(feed_exact(server.conn, up.data, up.len) >= 0);
+    free(up.data);
+    struct wire down = take(server.conn);
+    free_server(&server);
+    return down;
+}
+
+/* A frame gathers two messages, and a piece is less than one: a look behind every second message. */
+static void the_background_gives_way_behind_messages(void) {
+    struct reply_double reply = {0};
+    struct h2_conn *client;
+    struct wire down = answers(&client, &reply, 40);
+    struct waiting nobody = {.asks = ""}, somebody = {.asks = "nynynyyyy"};
+    int64_t at = h2_feed_background(client, down.data, is_pressing, (intptr_t)&somebody, 0, down.len, 0, true);
+    for (int stops = 0; stops < 3; stops++) {
+        assert(at > 0 && (size_t)at < down.len && reply.messages > 0 && reply.messages % 2 == 0 && reply.messages < 40);
+        uint64_t before = reply.messages;
+        int64_t same = h2_feed_background(client, down.data, is_pressing, (intptr_t)&(struct waiting){"y", 0}, (size_t)at,
+                                          down.len, 0, true);
+        assert(same == at && reply.messages == before);
+        at = h2_feed_background(client, down.data, is_pressing, (intptr_t)&somebody, (size_t)at, down.len, 0, false);
+    }
+    at = h2_feed_background(client, down.data, is_pressing, (intptr_t)&nobody, (size_t)at, down.len, 0, true);
+    assert((size_t)at == down.len && reply.messages == 40 && reply.wrong == 0);
+    assert(h2_statistics(client)->messages_in == 40 && h2_statistics(client)->bytes_in == down.len);
+    free(down.data);
+    h2_free(client);
+}
+
+/* The stream ends with the very frame behind which the background would look. */
+static void an_end_behind_the_last_look_is_told(void) {
+    struct reply_double reply = {0};
+    struct h2_conn *client;
+    struct wire down = answers(&client, &reply, 3);
+    size_t last = 0;
+    for (size_t at = 0; at < down.len; at += 9u + ((size_t)down.data[at] << 16 | (size_t)down.data[at + 1] << 8 | down.data[at + 2]))
+        last = at;
+    assert(down.data[last + 3] == 0 /* DATA */);
+    down.data[last + 4] |= 1; /* END_STREAM */
+    struct waiting nobody = {.asks = ""};
+    int64_t at = h2_feed_background(client, down.data, is_pressing, (intptr_t)&nobody, 0, down.len, 0, true);
+    assert((size_t)at == down.len && reply.messages == 3 && next(client).kind == H2_ENDED);
+    free(down.data);
+    h2_free(client);
+}
+
+/* What comes again because the background gave way is no second flood. */
+static void what_gave_way_is_judged_once(void) {
+    enum { PINGS = 600, PING = 9 + 8 };
+    struct reply_double reply = {0};
+    struct h2_conn *client;
+    struct wire down = answers(&client, &reply, 9);
+    down.data = realloc(down.data, down.len + PINGS * PING);
+    for (int i = 0; i < PINGS; i++, down.len += PING)
+        memcpy(down.data + down.len, (const uint8_t[PING]){0, 0, 8, 6}, PING);
+    struct waiting somebody = {.asks = "yyy"};
+    int64_t at = 0;
+    while (at >= 0 && (size_t)at < down.len)
+        at = h2_feed_background(client, down.data, is_pressing, (intptr_t)&somebody, (size_t)at, down.len, 0, false);
+    assert(somebody.looks == 3 && (size_t)at == down.len && !h2_error(client)[0] && reply.messages == 9);
+    free(down.data);
+    h2_free(client);
+}
+
+/* Sizes of the blocks that `count` messages of `len` bytes leave in. */
+static size_t blocks_of(uint32_t count, uint32_t len, size_t *sizes, size_t max) {
+    struct server server;
+    struct h2_config config = {.is_server = 1, .limits = limits(64 << 10, 16384), .open = open_call, .user = &server};
+    struct reply_double reply = {0};
+    struct h2_conn *client = new_client(1 << 20, 1 << 20);
+    memset(&server, 0, sizeof server);
+    config.limits.slice_bytes = 128 << 10;
+    server.page = double_new();
+    server.conn = h2_new(&config);
+    int32_t id = call(client, &reply);
+    pump(client, server.conn, 1 << 20);
+    size_t found = 0;
+    for (int again = 0; again < 2; again++) {
+        send_range(client, id, count, len, DOUBLE_ANSWER, 0);
+        struct wire up = take(client);
+        assert(feed_exact(server.conn, up.data, up.len) >= 0);
+        free(up.data);
+        uint8_t *block = malloc(h2_block_bytes(server.conn));
+        ssize_t n;
+        while ((n = h2_fill(server.conn, block, h2_block_bytes(server.conn))) > 0) {
+            assert(found < max);
+            sizes[found++] = (size_t)n;
+            assert(feed_exact(client, block, (size_t)n) >= 0);
+        }
+        free(block);
+    }
+    assert(reply.messages == 2 * count && reply.wrong == 0);
+    h2_free(client);
+    free_server(&server);
+    return found;
+}
+
+static void a_rest_makes_the_next_block_short(void) {
+    size_t sizes[16];
+    /* 8 KiB each: 32 KiB, 64 KiB, 128 KiB, and the last 16 KiB; from the beginning again. */
+    size_t blocks = blocks_of(30, 8 << 10, sizes, 16);
+    assert(blocks == 8);
+    for (size_t i = 0; i < blocks; i++) {
+        static const size_t wanted[] = {32 << 10, 64 << 10, 128 << 10, 16 << 10};
+        assert(sizes[i] >= wanted[i % 4] && sizes[i] < wanted[i % 4] + (1 << 10));
+    }
+}
+
+static void what_is_long_to_find_is_told_in_between(void) {
+    size_t sizes[16];
+    size_t blocks = blocks_of(40, 8, sizes, 16);
+    assert(blocks == 6 && sizes[0] > 16 * 8 && sizes[0] < 17 * 16 && sizes[2] < sizes[1]);
+}
+
 static void a_stalled_stream_takes_requests_and_goes_on(void) {
     struct server server;
     struct reply_double reply = {0};
@@ -297,6 +433,11 @@ int main(void) {
         replies_arrive_whole_in_steps_of(steps[i], 17 << 10, 16384);
     }
     every_cut_of_an_answer_gives_the_same();
+    the_background_gives_way_behind_messages();
+    an_end_behind_the_last_look_is_told();
+    what_gave_way_is_judged_once();
+    a_rest_makes_the_next_block_short();
+    what_is_long_to_find_is_told_in_between();
     a_stalled_stream_takes_requests_and_goes_on();
     a_handler_gets_the_request_and_its_replies_arrive();
     a_queue_that_is_full_says_so();

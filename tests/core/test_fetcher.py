@@ -240,6 +240,20 @@ def test_what_is_outstanding_never_exceeds_the_window() -> None:
     assert source.push_bytes() == WINDOW
 
 
+def test_the_push_is_asked_for_half_a_window_at_a_time() -> None:
+    async def story(fetcher: Fetcher, source: Source, session: Session) -> None:
+        await asyncio.sleep(1)
+        bulk = source.streams[1]
+        for number in range(1, 3 * WINDOW // RUN_BYTES):
+            source.pager.answer_bulk(RUN_BYTES)
+            bulk.sink.fed()
+            rounds = number * RUN_BYTES // (WINDOW // 2)
+            assert source.push_bytes() == WINDOW + rounds * WINDOW // 2
+        assert len(source.sent) == 1 + rounds, "a request for each half"
+
+    play(story, Numbers(left=1 << 40), answers=False)
+
+
 def test_demand_goes_out_at_once_whatever_the_push_may_do() -> None:
     asked_at = []
 

@@ -1,9 +1,10 @@
 /*
  * libFuzzer target: arbitrary bytes to a server (FUZZ_SERVER=1) or to a client with an open call (0).
  *
- * The first byte says in what steps the rest arrives. A server gets the connection preface and SETTINGS first, so that the
+ * The first byte says in what steps the rest arrives, and whether somebody waits now and then, so that it is taken in pieces. A server gets the connection preface and SETTINGS first, so that the
  * input's frames are reached; a client's call is sent before. After each step everything is taken out, as the owner does.
  */
+#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -39,6 +40,7 @@ static void begin(struct end *end) {
                                           .max_frame_bytes = 16384,
                                           .max_header_bytes = 4096,
                                           .slice_bytes = 8192,
+                                          .piece_bytes = 256,
                                           .control_burst = 50,
                                           .control_rate = 10,
                                           .reset_burst = 20,
@@ -84,6 +86,26 @@ static void take_out(struct end *end) {
     }
 }
 
+static bool every_third_time(intptr_t context) {
+    unsigned *asked = (unsigned *)context;
+    return ++*asked % 3 == 0;
+}
+
+static int feed(struct end *end, const uint8_t *data, size_t len, double now_s, bool in_background) {
+    if (!in_background)
+        return h2_feed(end->conn, data, len, now_s);
+    unsigned asked = 0;
+    for (int64_t at = 0; at < (int64_t)len;) {
+        int64_t to = h2_feed_background(end->conn, data, every_third_time, (intptr_t)&asked, (size_t)at, len, now_s, false);
+        if (to <= at && to >= 0)
+            abort();
+        if (to < 0)
+            return -1;
+        at = to;
+    }
+    return 0;
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len) {
     struct end end;
     memset(&end, 0, sizeof end);
@@ -96,7 +118,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len) {
         size_t part = len - at < step ? len - at : step;
         uint8_t *copy = malloc(part);
         memcpy(copy, data + at, part);
-        int rc = h2_feed(end.conn, copy, part, (double)at / 1000);
+        int rc = feed(&end, copy, part, (double)at / 1000, data[0] & 1);
         free(copy);
         decide(&end);
         take_out(&end);

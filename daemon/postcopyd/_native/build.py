@@ -217,7 +217,7 @@ MODULES = (
     ),
     Module(
         "h2",
-        headers=("h2.h",),
+        headers=("h2.h", "urgency.h"),
         sources=(
             "h2_assembler.c",
             "h2_bytes.c",
@@ -231,6 +231,7 @@ MODULES = (
             "h2_pages.c",
             "h2_server.c",
             "h2_stream.c",
+            "urgency.c",
         ),
         libraries=("nghttp2",),
     ),

@@ -39,6 +39,17 @@ class _Lib(Protocol):
     def h2_new(self, config: CData) -> CData: ...
     def h2_free(self, conn: CData) -> None: ...
     def h2_feed(self, conn: CData, data: CData, len_bytes: int, now_s: float) -> int: ...
+    def h2_feed_background(
+        self,
+        conn: CData,
+        data: CData,
+        pressing: CData,
+        context: int,
+        begin: int,
+        end: int,
+        now_s: float,
+        look_first: bool,
+    ) -> int: ...
     def h2_fill(self, conn: CData, out: CData, cap: int) -> int: ...
     def h2_attention(self, conn: CData) -> CData: ...
     def h2_block_bytes(self, conn: CData) -> int: ...
@@ -94,10 +105,10 @@ RECEIVE_BYTES = 256 * KIB
 """Taken from the socket at once, and so the most that is handled in a turn of the event loop."""
 
 PIECE_BYTES = 64 * KIB
-"""Of what was received, the most that is handled in the background before somebody who waits may go first."""
+"""The most that is handled in the background before somebody who waits may go first, but for the rest of a message."""
 
 SLICE_BYTES = 128 * KIB
-"""Produced at once: a wanted page waits behind one slice of the push."""
+"""Produced at once; the first after a rest are shorter. A wanted page waits behind one slice of the push."""
 
 TLS_SLICE_BYTES = 256 * KIB
 """Each slice is one more turn of the event loop's TLS, which costs more than it."""
@@ -114,6 +125,7 @@ class Limits(msgspec.Struct, frozen=True):
     max_frame_bytes: int
     max_header_bytes: int = 16 * KIB
     slice_bytes: int = SLICE_BYTES
+    piece_bytes: int = PIECE_BYTES
     control_burst: int = 1000
     control_rate: int = 200
     reset_burst: int = 200
@@ -192,7 +204,10 @@ class Connection:
         receive: where received bytes are to be put for `feed`.
         feed: (len_bytes, now_s) takes the first bytes of `receive`; returns how many messages they completed, or -1
             if the connection broke. now_s: any monotonic clock.
-        feed_piece: the same, the nth from n * PIECE_BYTES on.
+        feed_background: (epoll, begin, end, now_s, look_first) takes that part of `receive`, for which nobody waits, and
+            returns how far it came before the epoll instance with this descriptor was readable; -1 if the connection
+            broke. look_first: it may come nowhere.
+        messages: how many came so far, at index 0.
         fill: puts what is to be sent next into `block` and returns its length; 0 or -1 if there is nothing. It
             overwrites the last: the transport must be done with it.
         attention: what is to be done after `feed`, `fill` and `events`, as bits HAS_EVENTS, HAS_MORE, IS_OVER at
@@ -202,9 +217,10 @@ class Connection:
     """
 
     feed: Callable[[int, float], int]
-    feed_piece: Sequence[Callable[[int, float], int]]
+    feed_background: Callable[[int, int, int, float, bool], int]
     fill: Callable[[], int]
     attention: Sequence[int]
+    messages: Sequence[int]
 
     def __init__(self, limits: Limits, on_open: OnOpen | None = None) -> None:
         config = _ffi.new("struct h2_config *")
@@ -221,6 +237,7 @@ class Connection:
         self._conn = _ffi.gc(conn, _lib.h2_free)
         self.attention = _lib.h2_attention(conn)
         self._stats = _lib.h2_statistics(conn)
+        self.messages = _ffi.addressof(self._stats, "messages_in")
         self._event = _ffi.new("struct h2_event *")
         self._in = _ffi.new("uint8_t[]", RECEIVE_BYTES)
         self._out_bytes = _lib.h2_block_bytes(conn)
@@ -228,10 +245,10 @@ class Connection:
         self._out = _ffi.new_allocator(should_clear_after_alloc=False)("uint8_t[]", self._out_bytes)
         self.block = memoryview(_ffi.buffer(self._out))
         self.receive = memoryview(_ffi.buffer(self._in))
-        self.feed_piece = [
-            partial(_lib.h2_feed, self._conn, self._in + at) for at in range(0, RECEIVE_BYTES, PIECE_BYTES)
-        ]
-        self.feed = self.feed_piece[0]
+        self.feed = partial(_lib.h2_feed, self._conn, self._in)
+        self.feed_background = partial(
+            _lib.h2_feed_background, self._conn, self._in, _ffi.addressof(_h2.lib, "urgency_is_pressing")
+        )
         self.fill = partial(_lib.h2_fill, self._conn, self._out, self._out_bytes)
 
     def retire(self) -> None:

@@ -2,8 +2,7 @@
 
 Reading: the loop writes into the connection's own buffer and one C call handles all of it. A turn of the loop
 takes no more than that buffer, so another connection of the same loop is never far behind. What comes in the
-background waits until everything else that came with it was handled, and is taken in pieces: before each of them
-whatever somebody waits for goes first (urgency.py).
+background may take a few of them, but before each message whatever somebody waits for goes first (urgency.py).
 
 Writing: one C call fills a block and one write hands it over. The write buffer limits make the transport say
 at once whether it kept a part: while it does (`pause_writing`), the block is its own and nothing is produced,
@@ -28,6 +27,10 @@ TLS_SHUTDOWN_S = 0.1
 YIELDS_MAX = 2
 """How often a piece gives way: once the loop may come back to it before it has handled what it finds ready; more would
 let those who wait stop the push."""
+
+
+BACKGROUND_READS_MAX = 4
+"""Buffers that the background takes before whatever else is ready in this loop, and was not waited for, comes."""
 
 
 class KeepAlive(msgspec.Struct, frozen=True):
@@ -80,6 +83,8 @@ class H2Connection(asyncio.BufferedProtocol):
         self._in_turn = False
         self._flush_due = False
         self._slice_due = False
+        self._reads = 0
+        self._reads_max = BACKGROUND_READS_MAX if background else 1
         self._received_at = 0.0
         self._pinged_at: float | None = None
         self._last_chance = False
@@ -176,13 +181,13 @@ class H2Connection(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         self._received_at = self._loop.time()
         if self._background:
-            # The buffer is taken until then.
-            self._pause_slice()
-            self._loop.call_soon(self._take_later, 0, nbytes)
-            return
-        self._take(nbytes)
+            self._take_giving_way(0, nbytes)
+        else:
+            self._take(nbytes)
         # libuv would read up to 32 more buffers at once; the others of this loop come first.
-        if nbytes == h2.RECEIVE_BYTES and self._transport is not None and not self._reading_held:
+        self._reads = self._reads + 1 if nbytes == h2.RECEIVE_BYTES else 0
+        if self._reads >= self._reads_max and not self._slice_due and not self._reading_held:
+            self._reads = 0
             self._pause_slice()
             self._loop.call_soon(self._next_slice)
 
@@ -233,27 +238,30 @@ class H2Connection(asyncio.BufferedProtocol):
             self._in_turn = False
         self.flush()
 
-    def _take_later(self, begin: int, end: int, yields: int = 0) -> None:
-        """Take receive[begin:end] piece by piece, while nobody waits for anything else."""
-        messages = 0
+    def _take_giving_way(self, begin: int, end: int, yields: int = 0) -> None:
+        """Take receive[begin:end] message by message, until somebody waits for something else; the rest comes later."""
+        native = self.native
+        before = native.messages[0]
         self._in_turn = True
         try:
-            while begin < end and self._transport is not None:
-                if yields < YIELDS_MAX and self._urgency.is_pressing():
-                    self._loop.call_soon(self._take_later, begin, end, yields + 1)
-                    break
-                piece = min(end - begin, h2.PIECE_BYTES)
-                # -1 if it broke: what came before that counts.
-                messages += max(self.native.feed_piece[begin // h2.PIECE_BYTES](piece, self._received_at), 0)
-                begin += piece
-                yields = 0
-            else:
-                self._next_slice()
-            if self._transport is not None:
-                self._tell(messages)
+            taken = native.feed_background(
+                self._urgency.fd, begin, end, self._received_at, yields < YIELDS_MAX
+            )
+            self._tell(native.messages[0] - before)
         finally:
             self._in_turn = False
+        if 0 <= taken < end and self._transport is not None:
+            # The buffer is taken until then.
+            self._pause_slice()
+            self._loop.call_soon(self._go_on, taken, end, yields + 1 if taken == begin else 1)
         self.flush()
+
+    def _go_on(self, begin: int, end: int, yields: int) -> None:
+        self._slice_due = False
+        if self._transport is not None:
+            self._take_giving_way(begin, end, yields)
+        if not self._slice_due:
+            self._next_slice()
 
     def _tell(self, messages: int) -> None:
         if self.native.attention[0] & h2.HAS_EVENTS:
