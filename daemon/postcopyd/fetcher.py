@@ -49,7 +49,7 @@ class FetcherListener(Protocol):
     def on_source_lost(self, error: SourceError) -> None: ...
 
     def on_source_ready(self) -> None:
-        """Streams are open: everything that is owed is to be asked for again."""
+        """Streams are open, or holes are known: everything that is owed is to be asked for again."""
 
 
 class LaneSink:
@@ -77,7 +77,6 @@ class Link:
     bulk_sink: LaneSink
     failed: asyncio.Future[None]
     settled_before: int
-    push_open: bool = False
 
 
 class Fetcher:
@@ -199,38 +198,39 @@ class Fetcher:
 
     async def _until_closed(self, link: Link) -> None:
         """Raise the SourceError of whatever ends first."""
-        push = asyncio.ensure_future(self._open_push(link))
+        holes = asyncio.ensure_future(self._learn_holes(link.transport))
         demand = asyncio.ensure_future(link.demand.wait_closed())
         bulk = asyncio.ensure_future(link.bulk.wait_closed())
-        pending: set[asyncio.Future[None]] = {push, demand, bulk, link.failed}
+        pending: set[asyncio.Future[None]] = {holes, demand, bulk, link.failed}
         try:
             while True:
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
                 for ended in done:
                     ended.result()
-                if done != {push}:
+                if done != {holes}:
                     raise SourceError(
                         Code.SOURCE_CLOSED, f"page source {link.transport.target} ended a stream"
                     )
         finally:
-            for task in (push, demand, bulk):
+            for task in (holes, demand, bulk):
                 task.cancel()
-            await asyncio.gather(push, demand, bulk, return_exceptions=True)
-
-    async def _open_push(self, link: Link) -> None:
-        """Learn the holes first, as they need not be asked for; then let the push go."""
-        if self._image.has_holes and not self._holes_known:
-            try:
-                await self._learn_holes(link.transport)
-                self._holes_known = True
-            except SourceError as error:
-                # Zero pages are then found as they are asked for; if the source is lost its streams say so.
-                log.warning("source.holes_unknown", source=link.transport.target, error=str(error))
-        link.push_open = True
-        self._listener.on_source_ready()
+            await asyncio.gather(holes, demand, bulk, return_exceptions=True)
 
     async def _learn_holes(self, transport: PageTransport) -> None:
-        """Mark the holes as zero. They ascend, so that their number has a bound. Raises SourceError."""
+        """Mark the holes as zero while the push goes on, which may take long to get there."""
+        if not self._image.has_holes or self._holes_known:
+            return
+        try:
+            await self._mark_holes(transport)
+        except SourceError as error:
+            # Zero pages are then found as they are asked for; if the source is lost its streams say so.
+            log.warning("source.holes_unknown", source=transport.target, error=str(error))
+            return
+        self._holes_known = True
+        self._listener.on_source_ready()
+
+    async def _mark_holes(self, transport: PageTransport) -> None:
+        """They ascend, so that their number has a bound. Raises SourceError."""
         batches = transport.holes(self._image.image_id, self._image.epoch)
         end = 0
         while True:
@@ -326,7 +326,7 @@ class Fetcher:
     def pump_push(self) -> None:
         """Fill the push's window as far as limits allow."""
         link = self._link
-        if link is None or not link.push_open or self._held:
+        if link is None or self._held:
             return
         if self._bucket.rate and self._refund():
             self._stop_pausing()
