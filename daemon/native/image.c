@@ -18,6 +18,7 @@
 
 struct image {
     int fd;
+    struct image_view view;
     bool in_memory;
     bool has_holes;
     uint32_t page_size;
@@ -43,8 +44,10 @@ static bool image_enter(struct image *image)
 
 static void image_leave(struct image *image)
 {
-    if (atomic_fetch_sub(&image->users, 1) == 1)
-        close(image->fd);
+    if (atomic_fetch_sub(&image->users, 1) != 1)
+        return;
+    image_view_close(&image->view);
+    close(image->fd);
 }
 
 static bool is_in_memory(int fd)
@@ -86,6 +89,7 @@ static void image_init(struct image *image, int fd, const struct stat *st, uint6
     /* ENXIO: the file is one hole. EINVAL: the file system does not know. */
     image->has_holes = lseek(fd, 0, SEEK_DATA) >= 0 || errno == ENXIO;
     atomic_init(&image->users, 1);
+    image_view_open(&image->view, fd, image->size);
 }
 
 struct image *image_open(const char *path, uint64_t epoch, int *error)
@@ -196,6 +200,17 @@ ssize_t image_read(struct image *image, void *out, size_t len, uint64_t offset, 
     n = wait || image->in_memory ? read_all(image->fd, out, len, offset) : read_cached(image->fd, out, len, offset);
     image_leave(image);
     return n;
+}
+
+bool image_look(struct image *image, uint64_t offset, size_t len, image_work_fn work, void *context)
+{
+    bool seen;
+
+    if (!image_enter(image))
+        return false;
+    seen = image_view_use(&image->view, offset, len, work, context);
+    image_leave(image);
+    return seen;
 }
 
 /*

@@ -1,8 +1,6 @@
 /*
- * An image: one open file that holds a machine's memory, read by pread.
- *
- * Not mapped: a file that becomes shorter gives a short read instead of SIGBUS, and no page tables are
- * built for a terabyte. A short read is an error and never zeros.
+ * An image: one open file that holds a machine's memory. What of a file in memory is there is looked at where it lies
+ * (image_view.h), everything else is read by pread. A short read is an error and never zeros.
  *
  * Functions that read return a count, or a negative errno; three of them have a meaning of their own:
  *   IMAGE_SHRANK       the file is shorter than when it was opened
@@ -20,6 +18,8 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/types.h>
+
+#include "image_view.h"
 
 #define IMAGE_PAGE 4096u
 
@@ -71,6 +71,9 @@ bool image_is_released(const struct image *image);
  * of them, or IMAGE_WOULD_BLOCK.
  */
 ssize_t image_read(struct image *image, void *out, size_t len, uint64_t offset, bool wait);
+
+/* Have `work` look at the bytes where they lie, if that can be done now (image_view_use); else false: image_read says why. */
+bool image_look(struct image *image, uint64_t offset, size_t len, image_work_fn work, void *context);
 
 /*
  * Offset of the first page at or after `offset` that is not in a hole, or the image's size when there is

@@ -180,21 +180,25 @@ int ps_request(void *stream, const uint8_t *message, size_t len)
     return found < 0 ? fail(s, PS_INVALID_ARGUMENT, "a range is malformed") : 0;
 }
 
+static void write_last_zero(struct message *m)
+{
+    m->used = m->last_zero.at;
+    m->used += reply_put_zero_run(m->out + m->used, m->last_zero.request_id, m->last_zero.offset,
+                                  m->last_zero.end - m->last_zero.offset);
+}
+
 static void put_zero(struct message *m, uint64_t request_id, uint64_t offset, uint64_t len)
 {
     bool adjoins = m->last_zero.end == offset && m->last_zero.end && m->last_zero.request_id == request_id;
 
     m->zero_bytes += len;
-    if (adjoins) {
-        m->used = m->last_zero.at;
-    } else {
+    if (!adjoins) {
         m->last_zero.at = m->used;
         m->last_zero.request_id = request_id;
         m->last_zero.offset = offset;
     }
     m->last_zero.end = offset + len;
-    m->used += reply_put_zero_run(m->out + m->used, request_id, m->last_zero.offset,
-                                  m->last_zero.end - m->last_zero.offset);
+    write_last_zero(m);
 }
 
 /*
@@ -297,6 +301,39 @@ static bool is_hole_likely(const struct page_stream *s, const struct range *rang
     return image_in_memory(s->image) || (s->zero_until == range->offset && range->offset != 0);
 }
 
+/* put_slice of bytes that lie in the image itself. */
+struct in_place {
+    struct page_stream *stream;
+    struct message *message;
+    struct range *range;
+    size_t len;
+};
+
+static void put_in_place(void *context, const uint8_t *bytes)
+{
+    struct in_place *w = context;
+
+    w->message->budget -= w->len;
+    put_slice(w->stream, w->message, w->range, bytes, w->len);
+}
+
+/* Without a read, if all of the slice is in memory; what was begun when that turned out not to be so is undone. */
+static bool answer_in_place(struct page_stream *s, struct message *m, struct range *range, size_t len)
+{
+    struct in_place w = { .stream = s, .message = m, .range = range, .len = len };
+    const struct message message = *m;
+    const struct range whole = *range;
+
+    if (image_look(s->image, range->offset, len, put_in_place, &w))
+        return true;
+    *m = message;
+    /* It may have been lengthened. */
+    if (m->last_zero.end)
+        write_last_zero(m);
+    *range = whole;
+    return false;
+}
+
 /* Answer the next slice of a range: ANSWERED, FULL, or an error of image.h. */
 static int answer_slice(struct page_stream *s, struct message *m, struct range *range)
 {
@@ -315,6 +352,8 @@ static int answer_slice(struct page_stream *s, struct message *m, struct range *
         if (put_hole(s, m, range, (uint64_t)data))
             return ANSWERED;
     }
+    if (answer_in_place(s, m, range, len))
+        return ANSWERED;
     n = image_read(s->image, place, len, range->offset, false);
     if (n < 0)
         return (int)n;

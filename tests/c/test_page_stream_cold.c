@@ -1,4 +1,4 @@
-// sources: page_stream.c cold_read.c range_queue.c server_wire.c file_epoch.c image.c image_catalog.c zero.c checksum.c checksum_avx2.c
+// sources: page_stream.c cold_read.c range_queue.c server_wire.c file_epoch.c image.c image_catalog.c image_view.c zero.c checksum.c checksum_avx2.c
 /* A page stream on a disk whose speed the test decides: it stands in for preadv2 and says which reads are cached. */
 #define _GNU_SOURCE
 #include "page_stream.h"

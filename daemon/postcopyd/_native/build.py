@@ -189,6 +189,7 @@ MODULES = (
             "file_epoch.c",
             "image.c",
             "image_catalog.c",
+            "image_view.c",
             "zero.c",
             "cold_read.c",
             "range_queue.c",
