@@ -59,8 +59,8 @@ class Plan:
         return 3 * self.latency_mib + 2 * self.bulk_mib
 
 
-FULL = Plan(repetitions=7, touches=2000, depth_faults=3200, latency_mib=384, bulk_mib=1024)
-QUICK = Plan(repetitions=3, touches=600, depth_faults=1600, latency_mib=96, bulk_mib=256)
+FULL = Plan(repetitions=7, touches=2000, depth_faults=6400, latency_mib=512, bulk_mib=1024)
+QUICK = Plan(repetitions=3, touches=600, depth_faults=3200, latency_mib=128, bulk_mib=256)
 
 
 @dataclass

@@ -118,8 +118,7 @@ class NativeTransport:
 
     async def open_stream(self, opening: bytes, sink: ReplySink, *, demand: bool) -> NativePageStream:
         """Open a Pages call on a connection of its own and send `opening`. Raises SourceError."""
-        # TLS hands over a record's worth at a time: a turn of the loop for each would cost more than it saves.
-        connection = await self._connect(sink, urgent=demand, background=not demand and self._tls is None)
+        connection = await self._connect(sink, urgent=demand, background=not demand)
         call = connection.call(SERVICE + "Pages", self.target, self._scheme)
         stream = NativePageStream(connection, call, demand=demand)
         stream.send(opening)
