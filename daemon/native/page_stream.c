@@ -16,6 +16,8 @@ enum {
     DEMAND_DATA_MAX = 32 << 10,
     /* Below this, reading zeros costs less than asking where the hole ends. */
     HOLE_PROBE_MIN = 64 << 10,
+    /* Below this, a read costs less than asking what is in memory and the fault of looking. */
+    IN_PLACE_MIN = 16 << 10,
     /* Bounds the system calls of one ps_produce when ranges are many and zero. */
     SLICES_MAX = 512,
 };
@@ -352,7 +354,7 @@ static int answer_slice(struct page_stream *s, struct message *m, struct range *
         if (put_hole(s, m, range, (uint64_t)data))
             return ANSWERED;
     }
-    if (answer_in_place(s, m, range, len))
+    if (len >= IN_PLACE_MIN && answer_in_place(s, m, range, len))
         return ANSWERED;
     n = image_read(s->image, place, len, range->offset, false);
     if (n < 0)

@@ -308,8 +308,7 @@ class Fetcher:
             )
 
     def on_answered(self) -> None:
-        """A batch of replies is through: there may be room for more."""
-        self.pump_demand()
+        """A batch of replies is through, and what wanted pages it left room for is asked: there may be room for the push."""
         self.pump_push()
 
     def pump_demand(self) -> None:

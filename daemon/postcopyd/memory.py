@@ -158,9 +158,12 @@ class Memory:
     @property
     def is_complete(self) -> bool:
         """Whether the guest needs nothing more. A bitmap that is not filled yet could not be cleared for good."""
+        return self.pager.is_complete() and not self._is_held
+
+    @property
+    def _is_held(self) -> bool:
         exits = self.record.exits
-        is_held = self.guest_memfd is not None and exits is not None and not exits.opened
-        return not is_held and self.pager.is_complete()
+        return self.guest_memfd is not None and exits is not None and not exits.opened
 
     @property
     def record(self) -> SessionRecord:

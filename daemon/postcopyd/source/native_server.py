@@ -19,6 +19,7 @@ from grpc_health.v1 import health_pb2  # type: ignore[import-untyped]
 from .._native import h2
 from ..errors import Code, ConfigError
 from ..transport.h2_connection import TLS_SHUTDOWN_S, H2Connection, KeepAlive, Loss
+from ..transport.tls import prepare
 
 if TYPE_CHECKING:
     import ssl
@@ -221,7 +222,7 @@ class NativeServer:
         self._max_connections = max_connections
         self._tls = tls
         if tls is not None:
-            tls.set_alpn_protocols(["h2"])
+            prepare(tls)
         self._server: asyncio.Server | None = None
 
     async def start(self, host: str, port: int) -> int:

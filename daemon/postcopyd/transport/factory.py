@@ -67,5 +67,4 @@ def _ssl_context(config: DaemonConfig) -> ssl.SSLContext | None:
             context.load_cert_chain(config.tls.cert, config.tls.key or None)
     except OSError as error:  # ssl.SSLError is one
         raise ConfigError(Code.CONFIG_UNREADABLE, f"the tls files cannot be used: {error}") from error
-    context.set_alpn_protocols(["h2"])
     return context

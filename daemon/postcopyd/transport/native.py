@@ -15,6 +15,7 @@ from ..v1 import page_source_pb2 as pb
 from . import ImageInfo
 from .h2_call import ClientCall, ClientConnection
 from .h2_connection import TLS_SHUTDOWN_S, KeepAlive
+from .tls import prepare
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -78,7 +79,7 @@ class NativeTransport:
         self._host, self._port = _split(target)
         self._tls = tls
         if tls is not None:
-            tls.set_alpn_protocols(["h2"])
+            prepare(tls)
         self.keepalive = keepalive or KeepAlive()
         self._limits = limits
         self._connect_timeout_s = connect_timeout_s
