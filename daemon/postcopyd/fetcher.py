@@ -308,7 +308,7 @@ class Fetcher:
             )
 
     def on_answered(self) -> None:
-        """A batch of replies is through, and what wanted pages it left room for is asked: there may be room for the push."""
+        """A batch of replies is through, wanted pages that it left room for are asked: the push may have room, too."""
         self.pump_push()
 
     def pump_demand(self) -> None:

@@ -15,12 +15,25 @@ if TYPE_CHECKING:
 
 
 class Installer:
-    """A ReplySink over `pager`; `dispatch` gets the signals of a batch, `answered` is called behind it."""
+    """A ReplySink over `pager`.
 
-    def __init__(self, pager: Pager, dispatch: Callable[[int], None], answered: Callable[[], None]) -> None:
+    Args:
+        dispatch: gets the signals of a batch.
+        drain: takes the faults that the kernel has.
+        answered: called behind both.
+    """
+
+    def __init__(
+        self,
+        pager: Pager,
+        dispatch: Callable[[int], None],
+        drain: Callable[[], None],
+        answered: Callable[[], None],
+    ) -> None:
         self.native = pager.feed_address
         self._pager = pager
         self._dispatch = dispatch
+        self._drain = drain
         self._answered = answered
         self._closed = False
 
@@ -34,6 +47,9 @@ class Installer:
         if self._closed:
             return
         self._dispatch(self._pager.take_signals())
+        if self._pager.demand_inflight:
+            # With many threads those that were woken have faulted again by now: their requests go out with this batch.
+            self._drain()
         self._answered()
 
     def close(self) -> None:

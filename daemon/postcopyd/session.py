@@ -232,7 +232,9 @@ class Session:
             share=share,
             silent_after_s=self._silent_after_s,
         )
-        installer = Installer(memory.pager, self._demux.dispatch, self._fetcher.on_answered)
+        installer = Installer(
+            memory.pager, self._demux.dispatch, self._demux.drain, self._fetcher.on_answered
+        )
         try:
             async with asyncio.TaskGroup() as group:
                 fetching = group.create_task(self._fetcher.run(installer))
