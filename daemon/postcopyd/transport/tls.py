@@ -15,15 +15,15 @@ class DirectSSLObject(ssl.SSLObject):
     _sslobj: Any
 
     @property
-    def read(self) -> Any:  # type: ignore[override]
+    def read(self) -> Any:
         return self._sslobj.read
 
     @property
-    def write(self) -> Any:  # type: ignore[override]
+    def write(self) -> Any:
         return self._sslobj.write
 
     @property
-    def pending(self) -> Any:  # type: ignore[override]
+    def pending(self) -> Any:
         return self._sslobj.pending
 
 
