@@ -204,8 +204,8 @@ static void put_zero(struct message *m, uint64_t request_id, uint64_t offset, ui
 }
 
 /*
- * Most often the bytes lie in place: a run moves only when a zero run before it, in the same slice, left
- * room.
+ * Bytes that were read lie in place mostly: a run moves only when a zero run before it, in the same slice, left room. Those of
+ * the image itself are copied, and the checksum is of the copy.
  */
 static void put_data(struct message *m, uint64_t request_id, uint64_t offset, const uint8_t *data, size_t len)
 {
