@@ -79,7 +79,7 @@ def main() -> int:
 
     plan = QUICK if options.quick else FULL
     try:
-        for name in ("floor", "local", "faulter"):
+        for name in ("floor", "local", "remote", "faulter"):
             build(name)
         measured = asyncio.run(measure(plan, say))
     except (BenchError, PostcopyError, TimeoutError) as error:

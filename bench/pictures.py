@@ -42,7 +42,7 @@ def _latency(axes: Axes, result: Result) -> None:
 
 def _depth(axes: Axes, result: Result) -> None:
     by_threads = result["demand_pages_s_by_threads"]
-    for name in ("local_c", "native", "native_tls", "grpcio"):
+    for name in ("local_c", "floor", "native", "native_tls", "grpcio"):
         axes.plot(
             list(by_threads), [rates[name] for rates in by_threads.values()], marker="o", label=LABELS[name]
         )

@@ -47,7 +47,7 @@ class Floor(msgspec.Struct, frozen=True):
 def build(name: str) -> Path:
     """Return the program `name`, compiled. Raises BenchError: the compiler refused."""
     source, program = SOURCES / f"{name}.c", BUILD / name
-    newest = max(path.stat().st_mtime for path in (source, SOURCES / "bench.h"))
+    newest = max(path.stat().st_mtime for path in (source, *SOURCES.glob("*.h")))
     if program.exists() and program.stat().st_mtime >= newest:
         return program
     BUILD.mkdir(parents=True, exist_ok=True)
@@ -84,9 +84,16 @@ async def floor(faults: int, placement: Placement) -> Floor:
 
 async def local(what: str, *arguments: int) -> float:
     """`local pages THREADS COUNT` in pages a second, `local copy MIB` in MiB a second."""
-    answer: Mapping[str, float] = msgspec.json.decode(
-        await run("local", what, *arguments), type=dict[str, float]
-    )
+    return await _number("local", what, *arguments)
+
+
+async def remote(threads: int, count: int) -> float:
+    """Pages a second from another process, in C."""
+    return await _number("remote", threads, count)
+
+
+async def _number(name: str, *arguments: object) -> float:
+    answer: Mapping[str, float] = msgspec.json.decode(await run(name, *arguments), type=dict[str, float])
     return next(iter(answer.values()))
 
 

@@ -69,7 +69,7 @@ def _latency(result: Result) -> Table:
 
 def _depth(result: Result) -> Table:
     by_threads = result["demand_pages_s_by_threads"]
-    names = ("native", "native_tls", "grpcio", "local_c")
+    names = ("floor", "native", "native_tls", "grpcio", "local_c")
     rows = [(LABELS[name], *(f"{rates[name]:,}" for rates in by_threads.values())) for name in names]
     return rows, "demand, pages/s, by threads", "", *by_threads
 

@@ -121,7 +121,7 @@ def collect(measured: Measured, plan: Plan, *, quick: bool, took_s: float) -> Re
 
 
 def _rates(m: Measured, threads: int) -> dict[str, int]:
-    return {name: round(m.median(f"pages_s.{threads}.{name}")) for name in (*VARIANTS, "local_c")}
+    return {name: round(m.median(f"pages_s.{threads}.{name}")) for name in (*VARIANTS, "floor", "local_c")}
 
 
 def judge(result: Mapping[str, Any]) -> list[dict[str, Any]]:

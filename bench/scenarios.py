@@ -161,6 +161,8 @@ class Scenarios:
         for threads in THREADS:
             rate = await programs.local("pages", threads, self._plan.depth_faults)
             self.measured.numbers[f"pages_s.{threads}.local_c"].append(rate)
+            rate = await programs.remote(threads, self._plan.depth_faults)
+            self.measured.numbers[f"pages_s.{threads}.floor"].append(rate)
 
     async def _latency_round(self, variant: Variant, guest: Guest, placement: Placement) -> None:
         name = f"{variant.name}.{placement}"

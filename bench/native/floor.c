@@ -10,18 +10,9 @@
  * A runs on the one CPU, B and C on the other.
  */
 #define _GNU_SOURCE
-#include <arpa/inet.h>
-#include <netinet/in.h>
-#include <netinet/tcp.h>
 #include <sched.h>
-#include <signal.h>
-#include <sys/prctl.h>
-#include <sys/socket.h>
-#include <sys/wait.h>
 
-#include "bench.h"
-
-#define REQUEST_BYTES 16
+#include "peers.h"
 
 static bool receive_all(int sock, void *into, size_t len)
 {
@@ -48,13 +39,10 @@ static void serve_pages(int listener)
 {
 	uint8_t *content = map_memory(64 * PAGE, false);
 	uint64_t request[REQUEST_BYTES / 8];
-	int on = 1;
 
 	memset(content, 0x5a, 64 * PAGE);
 	for (;;) {
-		int sock = accept(listener, NULL, NULL);
-		NEED(sock >= 0);
-		NEED(setsockopt(sock, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on)) == 0);
+		int sock = accept_from(listener);
 		while (receive_all(sock, request, sizeof(request)))
 			NEED(send(sock, content + request[0] % 64 * PAGE, PAGE, 0) == (ssize_t)PAGE);
 		close(sock);
@@ -90,31 +78,13 @@ static void run_on(int cpu)
 
 static int host_cpu;
 
-static pid_t begin_child(void)
+static pid_t begin_on_host(void)
 {
-	pid_t pid = fork();
+	pid_t pid = begin_child();
 
-	NEED(pid >= 0);
-	if (pid == 0) {
-		prctl(PR_SET_PDEATHSIG, SIGKILL);
+	if (pid == 0)
 		run_on(host_cpu);
-	}
 	return pid;
-}
-
-static void end_child(pid_t pid)
-{
-	kill(pid, SIGKILL);
-	waitpid(pid, NULL, 0);
-}
-
-static int connect_to(const struct sockaddr_in *address)
-{
-	int sock = socket(AF_INET, SOCK_STREAM, 0), on = 1;
-
-	NEED(sock >= 0 && connect(sock, (const struct sockaddr *)address, sizeof(*address)) == 0);
-	NEED(setsockopt(sock, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on)) == 0);
-	return sock;
 }
 
 static void measure_round_trip(const struct sockaddr_in *address, uint64_t *ns, size_t count)
@@ -136,7 +106,7 @@ static void measure_faults(const struct sockaddr_in *address, uint64_t *ns, size
 	size_t len = count * PAGE;
 	uint8_t *memory = map_memory(len, true);
 	int uffd = register_missing(memory, len);
-	pid_t handler = begin_child();
+	pid_t handler = begin_on_host();
 
 	if (handler == 0)
 		handle_faults(uffd, address ? connect_to(address) : -1);
@@ -156,8 +126,7 @@ static void measure_faults(const struct sockaddr_in *address, uint64_t *ns, size
 int main(int argc, char **argv)
 {
 	size_t count = argc == 4 ? strtoul(argv[1], NULL, 10) : 0;
-	struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
-	socklen_t len = sizeof(address);
+	struct sockaddr_in address;
 
 	if (count == 0) {
 		fprintf(stderr, "usage: floor FAULTS GUEST_CPU HOST_CPU\n");
@@ -168,10 +137,9 @@ int main(int argc, char **argv)
 	/* So that i * 7 % count visits every page. */
 	count += count % 7 == 0;
 	uint64_t *ns = calloc(count, sizeof(*ns));
-	int listener = socket(AF_INET, SOCK_STREAM, 0);
-	NEED(ns && listener >= 0 && bind(listener, (struct sockaddr *)&address, len) == 0);
-	NEED(listen(listener, 4) == 0 && getsockname(listener, (struct sockaddr *)&address, &len) == 0);
-	pid_t server = begin_child();
+	int listener = listen_on(&address);
+	NEED(ns);
+	pid_t server = begin_on_host();
 	if (server == 0)
 		serve_pages(listener);
 	measure_faults(&address, ns, count);

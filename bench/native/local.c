@@ -4,31 +4,9 @@
  *     local pages THREADS COUNT    COUNT faults by THREADS threads, one handler thread
  *     local copy MIB               MIB of warmed memory in calls of 256 KiB
  */
-#include <pthread.h>
-
-#include "bench.h"
+#include "touchers.h"
 
 #define CALL_BYTES (256ul << 10)
-
-struct toucher {
-	pthread_t thread;
-	pthread_barrier_t *start;
-	volatile const uint8_t *memory;
-	size_t pages;
-	uint64_t began, ended;
-};
-
-static void *touch(void *argument)
-{
-	struct toucher *t = argument;
-
-	pthread_barrier_wait(t->start);
-	t->began = now_ns();
-	for (size_t page = 0; page < t->pages; page++)
-		NEED(t->memory[page * PAGE] == 0x5a);
-	t->ended = now_ns();
-	return NULL;
-}
 
 static void *handle_faults(void *argument)
 {
@@ -49,23 +27,10 @@ static void measure_pages(size_t threads, size_t count)
 	size_t each = (count + threads - 1) / threads, len = each * threads * PAGE;
 	uint8_t *memory = map_memory(len, true);
 	int uffd = register_missing(memory, len);
-	struct toucher *touchers = calloc(threads, sizeof(*touchers));
-	pthread_barrier_t start;
 	pthread_t handler;
-	uint64_t began = UINT64_MAX, ended = 0;
 
-	NEED(touchers && pthread_barrier_init(&start, NULL, (unsigned)threads) == 0);
 	NEED(pthread_create(&handler, NULL, handle_faults, &uffd) == 0);
-	for (size_t i = 0; i < threads; i++) {
-		touchers[i] = (struct toucher){.start = &start, .memory = memory + i * each * PAGE, .pages = each};
-		NEED(pthread_create(&touchers[i].thread, NULL, touch, &touchers[i]) == 0);
-	}
-	for (size_t i = 0; i < threads; i++) {
-		pthread_join(touchers[i].thread, NULL);
-		began = touchers[i].began < began ? touchers[i].began : began;
-		ended = touchers[i].ended > ended ? touchers[i].ended : ended;
-	}
-	printf("{\"pages_s\": %.0f}\n", (double)(each * threads) / ((double)(ended - began) / 1e9));
+	printf("{\"pages_s\": %.0f}\n", touch_all(memory, threads, each));
 }
 
 static void measure_copy(size_t mib)

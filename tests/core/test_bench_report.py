@@ -45,7 +45,7 @@ def a_result() -> dict[str, Any]:
     placed = [f"{name}.{where}" for name in (*FLOORS, *VARIANTS) for where in PLACEMENTS]
     for name in (*placed, "native_busy"):
         measured.percentiles[name] = [Percentiles(900, 900, 900), Percentiles(2, 2, 2), Percentiles(2, 2, 2)]
-    names = [f"pages_s.{threads}.{name}" for threads in THREADS for name in (*VARIANTS, "local_c")]
+    names = [f"pages_s.{threads}.{name}" for threads in THREADS for name in (*VARIANTS, "floor", "local_c")]
     names += [f"bulk.{image}.{name}" for image in BULK_IMAGES for name in VARIANTS] + ["bulk.data.local_c"]
     for side in ("daemon", "page_server"):
         names += [f"{what}.{side}.{v}" for what in ("cpu", "rss", "peak", "anonymous") for v in VARIANTS]
