@@ -33,7 +33,6 @@ typedef const char *(*h2_error_fn)(void *context);
 
 #define H2_WOULD_BLOCK (-1)
 
-
 /*
  * A new call arrived at a server. The callback routes it with h2_serve_pages or h2_serve_handler and returns 0, or
  * returns the gRPC status to refuse it with. timeout_ms: -1 without a deadline.

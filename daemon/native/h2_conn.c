@@ -118,13 +118,18 @@ static int judge(struct h2_conn *conn, const uint8_t *data, size_t len, double n
 static ssize_t take_bytes(struct h2_conn *conn, const uint8_t *data, size_t len, double now_s) {
     if (conn->broken || (!conn->over && judge(conn, data, len, now_s)))
         return -1;
-    ssize_t n = conn->over ? (ssize_t)len : receive(conn, data, len);
-    if (n < 0)
-        return -1;
+    ssize_t n = (ssize_t)len;
+    if (!conn->over) {
+        n = receive(conn, data, len);
+        if (n < 0)
+            return -1;
+        conn->judged = len - (size_t)n;
+        /* A pause at the end of a frame leaves undone what follows from that end. */
+        if (conn->in_background && !conn->judged && receive(conn, data + len, 0) < 0)
+            return -1;
+    }
     conn->stats.bytes_in += (uint64_t)n;
-    conn->judged = conn->over ? 0 : len - (size_t)n;
-    /* A pause at the end of a frame leaves undone what follows from that end. */
-    return conn->in_background && n == (ssize_t)len && !conn->over && receive(conn, data + len, 0) < 0 ? -1 : n;
+    return n;
 }
 
 int h2_feed(struct h2_conn *conn, const uint8_t *data, size_t len, double now_s) {

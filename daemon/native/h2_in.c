@@ -74,8 +74,10 @@ static void fail(struct h2_stream *stream, int status, const char *text) {
 
 /* In the background, stop where h2_feed_background looks. */
 static int pause_after(struct h2_conn *conn, const struct h2_stream *stream, size_t len) {
+    if (!conn->in_background)
+        return 0;
     conn->piece += len;
-    if (!conn->in_background || conn->piece < conn->config.limits.piece_bytes || h2_assembler_is_midway(&stream->assembler))
+    if (conn->piece < conn->config.limits.piece_bytes || h2_assembler_is_midway(&stream->assembler))
         return 0;
     conn->piece = 0;
     return NGHTTP2_ERR_PAUSE;

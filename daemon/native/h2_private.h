@@ -70,8 +70,8 @@ struct h2_conn {
     size_t block_used;
     unsigned block_messages; /* page streams' */
     size_t slice;            /* h2_fill begins no further message beyond this */
-    size_t piece;  /* h2_feed_background: DATA taken since the last look */
-    size_t judged; /* bytes behind those taken that the guard has seen already */
+    size_t piece;            /* h2_feed_background: DATA taken since the last look */
+    size_t judged;           /* bytes behind those taken that the guard has seen already */
     bool in_background;
     bool broken;
     bool over; /* told the peer to go: nothing is read any more */

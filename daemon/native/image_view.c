@@ -79,7 +79,7 @@ void image_view_close(struct image_view *view)
     *view = (struct image_view){ 0 };
 }
 
-static bool is_in_memory(const uint8_t *at, size_t len)
+static bool is_resident(const uint8_t *at, size_t len)
 {
     unsigned char in[LOOK_PAGES];
 
@@ -99,7 +99,7 @@ bool image_view_use(const struct image_view *view, uint64_t offset, size_t len, 
     sigjmp_buf here;
 
     if (!view->start || offset > view->len_bytes || len > view->len_bytes - offset ||
-        !is_in_memory(view->start + offset, len))
+        !is_resident(view->start + offset, len))
         return false;
     /* The mask need not be saved: the signal does not block itself. */
     if (sigsetjmp(here, 0)) {

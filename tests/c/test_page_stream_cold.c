@@ -11,6 +11,8 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include "page_requests.h"
+
 #define PAGE 4096u
 #define MIB (1u << 20)
 
@@ -39,45 +41,18 @@ struct bench {
     size_t cap;
 };
 
-static uint8_t *put_varint(uint8_t *at, uint64_t value)
-{
-    for (; value >= 0x80; value >>= 7)
-        *at++ = (uint8_t)(value | 0x80);
-    *at++ = (uint8_t)value;
-    return at;
-}
-
-static uint8_t *put_field(uint8_t *at, uint8_t tag, uint64_t value)
-{
-    *at++ = tag;
-    return put_varint(at, value);
-}
-
 static void ask(struct bench *b, uint64_t id, uint64_t offset, uint64_t length, unsigned priority)
 {
-    uint8_t message[64] = { 0x12 };
-    uint8_t *at = message + 2;
+    uint8_t message[PAGE_REQUEST_MAX];
 
-    at = put_field(at, 0x08, id);
-    at = put_field(at, 0x10, offset);
-    at = put_field(at, 0x18, length);
-    at = put_field(at, 0x20, priority);
-    message[1] = (uint8_t)(at - message - 2);
-    assert(ps_request(b->stream, message, (size_t)(at - message)) == 0);
+    assert(ps_request(b->stream, message, range_request(message, id, offset, length, priority)) == 0);
 }
 
 static void open_stream(struct bench *b)
 {
-    uint64_t epoch = image_epoch(b->image);
-    uint8_t message[64] = { 0x0a, 0, 0x0a, 2, 'v', 'm', 0x11 };
-    uint8_t *at = message + 7;
+    uint8_t message[PAGE_REQUEST_MAX];
 
-    for (int i = 0; i < 8; i++)
-        *at++ = (uint8_t)(epoch >> (8 * i));
-    at = put_field(at, 0x18, PAGE);
-    at = put_field(at, 0x20, MIB);
-    message[1] = (uint8_t)(at - message - 2);
-    assert(ps_request(b->stream, message, (size_t)(at - message)) == 0);
+    assert(ps_request(b->stream, message, opening_request(message, image_epoch(b->image), MIB)) == 0);
 }
 
 static void bench_init(struct bench *b, size_t size)

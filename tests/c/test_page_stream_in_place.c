@@ -10,6 +10,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "page_requests.h"
+
 #define PAGE 4096u
 #define HOLE (64u << 10)
 #define ZEROS (16u << 10)
@@ -44,21 +46,12 @@ bool image_view_use(const struct image_view *view, uint64_t offset, size_t len, 
     return !is_lost;
 }
 
-static uint8_t *put_field(uint8_t *at, uint8_t tag, uint64_t value)
-{
-    *at++ = tag;
-    for (; value >= 0x80; value >>= 7)
-        *at++ = (uint8_t)(value | 0x80);
-    *at++ = (uint8_t)value;
-    return at;
-}
-
 /* The answers to one range from 0 on. Returns the first outcome that is no message. */
 static ssize_t answers(uint64_t length, uint8_t *out, size_t cap, size_t *len)
 {
     struct ps_limits limits = { .max_ranges = 4, .max_data_bytes = 1u << 20, .max_range_bytes = 1ull << 40 };
     struct image_catalog *catalog = image_catalog_new();
-    uint8_t message[64] = { 0x0a, 0, 0x0a, 2, 'v', 'm', 0x11 }, *at = message + 7;
+    uint8_t message[PAGE_REQUEST_MAX];
     char path[] = "/dev/shm/test_page_stream_in_place.XXXXXX";
     struct image *image;
     void *stream;
@@ -71,14 +64,8 @@ static ssize_t answers(uint64_t length, uint8_t *out, size_t cap, size_t *len)
     image = image_open(path, 7, &error);
     assert(image && image_catalog_add(catalog, "vm", 2, image));
     stream = ps_new(catalog, limits);
-    memcpy(at, (const uint8_t[8]){ 7 }, 8);
-    at = put_field(put_field(at + 8, 0x18, PAGE), 0x20, 1u << 20);
-    message[1] = (uint8_t)(at - message - 2);
-    assert(ps_request(stream, message, (size_t)(at - message)) == 0);
-    message[0] = 0x12;
-    at = put_field(put_field(put_field(put_field(message + 2, 0x08, 1), 0x10, 0), 0x18, length), 0x20, 3);
-    message[1] = (uint8_t)(at - message - 2);
-    assert(ps_request(stream, message, (size_t)(at - message)) == 0);
+    assert(ps_request(stream, message, opening_request(message, 7, 1u << 20)) == 0);
+    assert(ps_request(stream, message, range_request(message, 1, 0, length, 3)) == 0);
     looks = 0;
     for (*len = 0; (n = ps_produce(stream, out + *len, cap - *len)) > 0; *len += (size_t)n)
         ;

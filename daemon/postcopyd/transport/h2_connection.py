@@ -28,7 +28,6 @@ YIELDS_MAX = 2
 """How often a piece gives way: once the loop may come back to it before it has handled what it finds ready; more would
 let those who wait stop the push."""
 
-
 BACKGROUND_READS_MAX = 4
 """Buffers that the background takes before whatever else is ready in this loop, and was not waited for, comes."""
 
